@@ -1,0 +1,123 @@
+"""What is legal, said once: every public loss calls these, and nothing behind them checks semantics again.
+
+Each check raises ValueError (or TypeError for a wrong kind of object) naming the argument, what was given and what is accepted.
+Values that live on a GPU are not read (that would be a host sync): there a bad row temperature or label gives NaN for its row.
+"""
+
+import math
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value, dims: int | None = None) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {list(value.shape)}")
+    return value
+
+
+def teacher(name: str, value: torch.Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but gradients flow to the student's arguments only; run the teacher under "
+            "torch.no_grad() or pass a detached tensor"
+        )
+
+
+def same_device(first_name: str, first: torch.Tensor, **others) -> None:
+    for name, value in others.items():
+        if value is not None and value.device != first.device:
+            raise ValueError(f"{name} is on {value.device}, but {first_name} is on {first.device}; both must match")
+
+
+def choice(name: str, value, accepted):
+    """The integer that stands for `value` in the table `accepted`."""
+    try:
+        return accepted[value]
+    except (KeyError, TypeError):
+        options = ", ".join(repr(key) for key in accepted)
+        raise ValueError(f"{name} must be one of {options}, got {value!r}") from None
+
+
+def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, above: float | None = None) -> float:
+    """A finite real number within [low, high], and above `above`."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+        try:
+            value = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not math.isfinite(value) or not low <= value <= high or (above is not None and value <= above):
+        accepted = f"> {above}" if above is not None else f"in [{low}, {high}]" if high < math.inf else "finite"
+        raise ValueError(f"{name} must be a finite number {accepted}, got {value}".replace("number finite", "number"))
+    return float(value)
+
+
+def readable(value: torch.Tensor) -> bool:
+    """Whether looking at the values costs nothing: a real CPU tensor, outside of tracing."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is torch.Tensor
+
+
+def mask(value, shape: tuple, like: torch.Tensor, described: str) -> torch.Tensor | None:
+    """`value` as a contiguous bool tensor of `shape`, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"mask must be a tensor or None, got {type(value).__name__}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"mask must have the shape {list(shape)} ({described}), got {list(value.shape)}")
+    same_device("the student", like, mask=value)
+    if value.dtype == torch.bool:
+        return value.contiguous()
+    if readable(value) and not bool(((value == 0) | (value == 1)).all()):
+        raise ValueError(
+            "mask must be bool or hold only 0 (padding) and 1 (real token), as transformers' attention_mask; got other "
+            "values (an additive mask?)"
+        )
+    return (value != 0).contiguous()
+
+
+def labels(value, shape: tuple, like: torch.Tensor, classes: int, ignore_index: int, rows) -> torch.Tensor:
+    """`value` as contiguous int64 of `shape`; labels of real rows must be ignore_index or in [0, classes)."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"labels must be a tensor or None, got {type(value).__name__}")
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise ValueError(f"labels must hold integer class indices, got {value.dtype}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"labels must have the shape {list(shape)} (the logits' without classes), got {list(value.shape)}")
+    same_device("student_logits", like, labels=value)
+    if readable(value):
+        bad = (value != ignore_index) & ((value < 0) | (value >= classes))
+        if rows is not None:
+            bad &= rows
+        if bool(bad.any()):
+            raise ValueError(
+                f"labels must be in [0, {classes}) or ignore_index = {ignore_index}, got {int(value[bad][0])}"
+            )
+    return value.to(torch.int64).contiguous()
+
+
+def row_temperature(value: torch.Tensor, shape: tuple, like: torch.Tensor, rows) -> torch.Tensor:
+    """A temperature per row as contiguous float32 of `shape`; a tensor with one element serves all rows."""
+    if value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"temperature must be a real number or a tensor of them, got {value.dtype}")
+    if value.requires_grad:
+        raise ValueError("temperature requires grad, but gradients flow to the student's logits only; detach it")
+    if value.numel() == 1 and value.dim() <= 1:
+        value = value.reshape(()).expand(shape)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"temperature must be a number or a tensor of shape {list(shape)} (one value per row), got {list(value.shape)}"
+        )
+    same_device("student_logits", like, temperature=value)
+    if readable(value):
+        bad = ~((value > 0) & torch.isfinite(value))
+        if rows is not None:
+            bad &= rows
+        if bool(bad.any()):
+            raise ValueError(f"temperature must be > 0 and finite in every row, got {float(value[bad][0])}")
+    return value.to(torch.float32).contiguous()

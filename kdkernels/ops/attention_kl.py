@@ -1,0 +1,50 @@
+"""attention_kl: schema, fake and autograd."""
+
+import torch
+
+from ._common import LIBRARY, define, forbid_double_backward, grad_in_forward, loss_shape
+
+_INPUTS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask"
+_SAVED = "Tensor grad_q, Tensor grad_k, Tensor stats"
+_SCALARS = "float temperature, float scale_s, float scale_t, int reduction"
+
+define(f"attention_kl({_INPUTS}, {_SCALARS}, bool need_grad) -> (Tensor loss, {_SAVED})")
+define(f"attention_kl_backward(Tensor grad, {_INPUTS}, {_SAVED}, {_SCALARS}) -> (Tensor, Tensor)")
+
+
+def saved_tensors(q_s, k_s, reduction, need_grad):
+    """Fake outputs for backward: the gradients, or the statistics to recompute them from; the others are empty."""
+    kept = grad_in_forward(q_s.device, reduction, need_grad)
+    empty = q_s.new_empty(0, dtype=torch.float32)
+    grads = [x.new_empty(x.shape, dtype=torch.float32) for x in (q_s, k_s)] if kept else [empty, torch.empty_like(empty)]
+    recompute = need_grad and not kept
+    stats = q_s.new_empty((*q_s.shape[:3], 4) if recompute else 0, dtype=torch.float32)
+    return *grads, stats
+
+
+@torch.library.register_fake("kdkernels::attention_kl", lib=LIBRARY)
+def _(q_s, k_s, q_t, k_t, mask, temperature, scale_s, scale_t, reduction, need_grad):
+    loss = q_s.new_empty(loss_shape(reduction, tuple(q_s.shape[:3])), dtype=torch.float32)
+    return loss, *saved_tensors(q_s, k_s, reduction, need_grad)
+
+
+@torch.library.register_fake("kdkernels::attention_kl_backward", lib=LIBRARY)
+def _(grad, q_s, k_s, *rest):
+    return q_s.new_empty(q_s.shape), k_s.new_empty(k_s.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+    ctx.scalars = inputs[5:9]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    grads = None, None
+    if grad is not None:
+        grads = torch.ops.kdkernels.attention_kl_backward.default(grad, *ctx.saved_tensors, *ctx.scalars)
+    return *grads, *(None,) * 8
+
+
+torch.library.register_autograd("kdkernels::attention_kl", _backward, setup_context=_setup_context, lib=LIBRARY)
+forbid_double_backward("attention_kl")

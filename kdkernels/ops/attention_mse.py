@@ -1,0 +1,41 @@
+"""attention_mse: schema, fake and autograd."""
+
+import torch
+
+from ._common import LIBRARY, REDUCTION, define, forbid_double_backward
+from .attention_kl import saved_tensors
+
+_INPUTS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask"
+_SAVED = "Tensor grad_q, Tensor grad_k, Tensor stats"
+_SCALARS = "int on, float scale_s, float scale_t"
+
+define(f"attention_mse({_INPUTS}, {_SCALARS}, bool need_grad) -> (Tensor loss, {_SAVED})")
+define(f"attention_mse_backward(Tensor grad, {_INPUTS}, {_SAVED}, {_SCALARS}) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("kdkernels::attention_mse", lib=LIBRARY)
+def _(q_s, k_s, q_t, k_t, mask, on, scale_s, scale_t, need_grad):
+    loss = q_s.new_empty((), dtype=torch.float32)
+    return loss, *saved_tensors(q_s, k_s, REDUCTION["mean"], need_grad)
+
+
+@torch.library.register_fake("kdkernels::attention_mse_backward", lib=LIBRARY)
+def _(grad, q_s, k_s, *rest):
+    return q_s.new_empty(q_s.shape), k_s.new_empty(k_s.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+    ctx.scalars = inputs[5:8]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    grads = None, None
+    if grad is not None:
+        grads = torch.ops.kdkernels.attention_mse_backward.default(grad, *ctx.saved_tensors, *ctx.scalars)
+    return *grads, *(None,) * 7
+
+
+torch.library.register_autograd("kdkernels::attention_mse", _backward, setup_context=_setup_context, lib=LIBRARY)
+forbid_double_backward("attention_mse")

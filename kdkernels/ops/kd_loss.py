@@ -1,0 +1,43 @@
+"""kd_loss: schema, fake and autograd. Backward reads the logits again and recomputes from 32 bytes a row of statistics."""
+
+import torch
+
+from ._common import LIBRARY, define, forbid_double_backward, loss_shape
+
+_SCALARS = (
+    "int kind, float temperature, bool scale_t2, float beta, float alpha, int ignore_index, int reduction"
+)
+_INPUTS = "Tensor student, Tensor teacher, Tensor? mask, Tensor? labels, Tensor? row_temperature"
+
+define(f"kd_loss({_INPUTS}, {_SCALARS}) -> (Tensor loss, Tensor stats)")
+define(f"kd_loss_backward(Tensor grad, {_INPUTS}, Tensor stats, {_SCALARS}) -> Tensor")
+
+
+@torch.library.register_fake("kdkernels::kd_loss", lib=LIBRARY)
+def _(student, teacher, mask, labels, row_temperature, kind, temperature, scale_t2, beta, alpha, ignore_index, reduction):
+    outer, inner, _ = student.shape
+    loss = student.new_empty(loss_shape(reduction, (outer, inner)), dtype=torch.float32)
+    return loss, student.new_empty((outer * inner, 8), dtype=torch.float32)
+
+
+@torch.library.register_fake("kdkernels::kd_loss_backward", lib=LIBRARY)
+def _(grad, student, *rest):
+    return student.new_empty(student.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.scalars = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    grad_student = None
+    if grad is not None:
+        *tensors, stats = ctx.saved_tensors
+        grad_student = torch.ops.kdkernels.kd_loss_backward.default(grad, *tensors, stats, *ctx.scalars)
+    return grad_student, *(None,) * 11
+
+
+torch.library.register_autograd("kdkernels::kd_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
+forbid_double_backward("kd_loss")

@@ -1,0 +1,46 @@
+"""relation_kl: schema, fake and autograd. Queries and keys are the same tensor, so its gradient is one tensor too."""
+
+import torch
+
+from ._common import LIBRARY, define, forbid_double_backward, grad_in_forward, loss_shape
+
+_INPUTS = "Tensor student, Tensor teacher, Tensor? mask"
+_SAVED = "Tensor grad_student, Tensor stats"
+_SCALARS = "int num_heads, int reduction"
+
+define(f"relation_kl({_INPUTS}, {_SCALARS}, bool need_grad) -> (Tensor loss, {_SAVED})")
+define(f"relation_kl_backward(Tensor grad, {_INPUTS}, {_SAVED}, {_SCALARS}) -> Tensor")
+
+
+@torch.library.register_fake("kdkernels::relation_kl", lib=LIBRARY)
+def _(student, teacher, mask, num_heads, reduction, need_grad):
+    batch, tokens, _ = student.shape
+    loss = student.new_empty(loss_shape(reduction, (batch, num_heads, tokens)), dtype=torch.float32)
+    kept = grad_in_forward(student.device, reduction, need_grad)
+    grad = student.new_empty(student.shape if kept else 0, dtype=torch.float32)
+    stats = student.new_empty(
+        (batch, num_heads, tokens, 4) if need_grad and not kept else 0, dtype=torch.float32
+    )
+    return loss, grad, stats
+
+
+@torch.library.register_fake("kdkernels::relation_kl_backward", lib=LIBRARY)
+def _(grad, student, *rest):
+    return student.new_empty(student.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.scalars = inputs[3:5]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    grad_student = None
+    if grad is not None:
+        grad_student = torch.ops.kdkernels.relation_kl_backward.default(grad, *ctx.saved_tensors, *ctx.scalars)
+    return grad_student, *(None,) * 5
+
+
+torch.library.register_autograd("kdkernels::relation_kl", _backward, setup_context=_setup_context, lib=LIBRARY)
+forbid_double_backward("relation_kl")

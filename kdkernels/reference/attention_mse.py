@@ -1,0 +1,23 @@
+"""Mean squared error between attention maps in plain torch, on scores (TinyBERT, arXiv 1909.10351) or on probabilities."""
+
+import torch
+
+from ._common import arithmetic_dtype
+from .attention_kl import scores
+
+
+def attention_mse(q_s, k_s, q_t, k_t, mask=None, *, on="scores", scale_s=None, scale_t=None, dtype=None):
+    """As `kdkernels.functional.attention_mse`; `dtype` is the arithmetic's (None: fp32, or fp64 where an input is)."""
+    dtype = dtype or arithmetic_dtype(q_s, k_s, q_t, k_t)
+    q_s, k_s, q_t, k_t = (x.to(dtype) for x in (q_s, k_s, q_t, k_t))
+    student = scores(q_s, k_s, q_s.shape[-1] ** -0.5 if scale_s is None else scale_s, mask)
+    teacher = scores(q_t, k_t, q_t.shape[-1] ** -0.5 if scale_t is None else scale_t, mask)
+    if on == "probs":
+        student, teacher = student.softmax(-1), teacher.softmax(-1)
+    if mask is None:
+        loss = (student - teacher).square().sum() / max(student.numel(), 1)
+    else:
+        real = (mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]).expand(student.shape)
+        difference = torch.where(real, torch.where(real, student, 0) - torch.where(real, teacher, 0), 0)
+        loss = difference.square().sum() / real.sum().to(dtype).clamp_min(1)
+    return loss if dtype == torch.float64 else loss.float()
