@@ -1,0 +1,46 @@
+# The commands to remember. Each does everything from a fresh clone: creates .venv, installs the pinned packages, builds, runs.
+#   make demo    distil a real teacher into a smaller student and show what it kept
+#   make test    all tests            make asan   the kernels' tests under the address and undefined sanitizers
+#   make bench   measure              make lint   style of Python and C++
+#   make build   stop before running anything
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: build test asan demo bench lint clean
+
+# The virtual environment and the editable install are made again only when what they are made from changes.
+$(INSTALLED): requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+
+test: build
+	$(BIN)/python -m pytest
+
+demo: build
+	$(BIN)/kdkernels demo
+
+bench: build
+	$(BIN)/python -m benches.run
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The package is built once more, whole, into build/asan, with every C++ file instrumented; the tests run on that copy.
+# libasan must be there before Python starts; leaks are not looked for, since Python and torch keep memory until exit.
+ASAN := $(CURDIR)/build/asan
+asan: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" KDKERNELS_BUILD_VARIANT=asan KDKERNELS_CMAKE_ARGS="-DKDKERNELS_SANITIZE=address,undefined -DKDKERNELS_CUDA=OFF" \
+	  $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(ASAN) $(BIN)/pytest -o pythonpath=python_tests --import-mode=importlib -m "not slow" python_tests/test_values.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache kdkernels/*.so
