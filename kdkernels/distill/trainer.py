@@ -174,6 +174,7 @@ class DistillTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(written, final)
+            written.parent.rmdir()
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,

@@ -1,0 +1,6 @@
+"""`python -m kdkernels` is the `kdkernels` command."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
