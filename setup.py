@@ -15,6 +15,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def run(*command):
+    if subprocess.run(command).returncode != 0:
+        sys.exit("the native build failed: " + " ".join(map(str, command)))  # the compiler has said why
+
+
 class CMakeBuild(build_ext):
     """Builds in build/cmake-<python>[-variant] and installs beside the Python files, of the source or of the wheel."""
 
@@ -25,9 +30,9 @@ class CMakeBuild(build_ext):
         binary = ROOT / "build" / "-".join(filter(None, ["cmake", sys.implementation.cache_tag, variant]))
         configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", binary, f"-DPython_EXECUTABLE={sys.executable}"]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2")
-        subprocess.run([*configure, *arguments], check=True)
-        subprocess.run(["cmake", "--build", binary, "--parallel", jobs], check=True)
-        subprocess.run(["cmake", "--install", binary, "--prefix", package], check=True)
+        run(*configure, *arguments)
+        run("cmake", "--build", binary, "--parallel", jobs)
+        run("cmake", "--install", binary, "--prefix", package)
 
 
 setup(ext_modules=[Extension("kdkernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

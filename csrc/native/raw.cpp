@@ -1,0 +1,107 @@
+// Raw kernels. A call is prepared once (arrays checked, outputs allocated) and then run many times, so that a microbenchmark times
+// the kernel alone. Arrays are 2-D and float32, float16, or uint16 for the bits of bfloat16.
+#include "native/raw.h"
+
+#include <pybind11/numpy.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/table.h"
+
+namespace py = pybind11;
+
+namespace kd::native {
+
+namespace {
+
+const cpu::Table& table_of(const std::string& isa) {
+  std::string known;
+  for (int i = 0; i < cpu::num_candidates; ++i) {
+    const cpu::Candidate& candidate = cpu::candidates[i];
+    if (!candidate.supported()) continue;
+    if (isa == candidate.name) return *candidate.table;
+    known += std::string(known.empty() ? "" : ", ") + candidate.name;
+  }
+  throw std::invalid_argument("isa must be one that this CPU runs (" + known + "), got " + isa);
+}
+
+DType dtype_of(const py::array& x, const char* name) {
+  if (py::isinstance<py::array_t<float>>(x)) return DType::kF32;
+  if (py::isinstance<py::array_t<uint16_t>>(x)) return DType::kBF16;
+  if (x.dtype().kind() == 'f' && x.itemsize() == 2) return DType::kF16;
+  throw std::invalid_argument(std::string(name) + " must be float32, float16, or uint16 (the bits of bfloat16)");
+}
+
+LogitsView logits_view(const py::array& x, const char* name) {
+  if (x.ndim() != 2 || x.shape(1) < 1) throw std::invalid_argument(std::string(name) + " must be [rows, classes]");
+  return {x.data(), 0, x.strides(0) / x.itemsize(), x.strides(1) / x.itemsize(), dtype_of(x, name)};
+}
+
+class KdLossCall {
+ public:
+  KdLossCall(const std::string& isa, py::array student, py::array teacher, int kind, float temperature)
+      : table_(table_of(isa)), student_(std::move(student)), teacher_(std::move(teacher)) {
+    op_.student = logits_view(student_, "student");
+    op_.teacher = logits_view(teacher_, "teacher");
+    op_.outer = 1;
+    op_.inner = student_.shape(0);
+    op_.classes = student_.shape(1);
+    if (teacher_.shape(0) != op_.inner || teacher_.shape(1) != op_.classes)
+      throw std::invalid_argument("teacher must have the student's shape");
+    if (kind < kKl || kind > kTv) throw std::invalid_argument("kind must be 0 (kl) to 4 (tv), got " + std::to_string(kind));
+    if (!(temperature > 0)) throw std::invalid_argument("temperature must be > 0");
+    op_.kind = static_cast<Kind>(kind);
+    op_.reduction = kSum;
+    op_.temperature = temperature;
+    op_.beta = 0.5f;
+    op_.alpha = 1;
+    stats_.resize(op_.inner * kKdStats);
+    grad_ = py::array_t<uint8_t>(student_.nbytes());
+    op_.stats = stats_.data();
+    op_.grad_loss = &one_;
+    op_.grad_student = grad_.mutable_data();
+    items_ = (op_.inner + cpu::kd_rows_per_item(op_) - 1) / cpu::kd_rows_per_item(op_);
+  }
+
+  double forward() {
+    {
+      py::gil_scoped_release release;
+      for (int64_t item = 0; item < items_; ++item) table_.kd_loss_forward(op_, item);
+    }
+    double loss = 0;
+    for (int64_t row = 0; row < op_.inner; ++row) loss += stats_[row * kKdStats + kSoftLoss];
+    return loss;
+  }
+
+  py::array backward() {
+    {
+      py::gil_scoped_release release;
+      for (int64_t item = 0; item < items_; ++item) table_.kd_loss_backward(op_, {1, 0}, item);
+    }
+    return py::array(student_.dtype(), std::vector<py::ssize_t>{op_.inner, op_.classes}, grad_.data(), grad_);
+  }
+
+ private:
+  const cpu::Table& table_;
+  py::array student_, teacher_;
+  py::array_t<uint8_t> grad_;
+  std::vector<float> stats_;
+  KdLoss op_{};
+  int64_t items_;
+  const float one_ = 1;
+};
+
+}  // namespace
+
+void add_raw_kernels(py::module_& m) {
+  py::class_<KdLossCall>(m, "KdLossCall",
+                         "kd_loss of one ISA on one thread: [rows, classes] arrays, no mask, no labels, reduction sum, no T^2.")
+      .def(py::init<const std::string&, py::array, py::array, int, float>(), py::arg("isa"), py::arg("student"), py::arg("teacher"),
+           py::kw_only(), py::arg("kind") = 0, py::arg("temperature") = 1.0f)
+      .def("forward", &KdLossCall::forward, "The loss.")
+      .def("backward", &KdLossCall::backward, "The gradient, a view that the next call overwrites; after forward().");
+}
+
+}  // namespace kd::native
