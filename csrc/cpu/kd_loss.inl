@@ -1,0 +1,300 @@
+// kd_loss on the CPU: rows of logits in, row losses and statistics out; backward recomputes both softmaxes from the statistics.
+//
+//   kl: sum p_t (x_t - x_s) - (lse_t - lse_s), x = logits / T;   d/ds = (p_s - p_t) / T   (formulas of all kinds: docs of the op)
+//
+// Floor: 2 reads of V floats forward, 2 reads and 1 write backward. A row is walked in chunks that stay in the L1 cache: maxima
+// first, then exponentials, with the running sums rescaled when a maximum grows, so memory is read once. Sums of a chunk are
+// added up in double: 30522 terms lose nothing. jsd and tv need both normalisers first and read the row a second time (from L2).
+
+constexpr int64_t kKdChunk = 2048;  // floats of each side; two chunks fill half of a 32 KiB L1
+
+struct KdRow {
+  LogitsView student, teacher;
+  int64_t offset_s, offset_t;
+};
+
+inline KdRow kd_row(const KdLoss& op, int64_t row) {
+  const int64_t o = row / op.inner, i = row % op.inner;
+  return {op.student, op.teacher, o * op.student.stride_outer + i * op.student.stride_inner,
+          o * op.teacher.stride_outer + i * op.teacher.stride_inner};
+}
+
+inline const float* kd_chunk(const LogitsView& view, int64_t offset, int64_t first, int64_t n, float* scratch) {
+  return as_floats(view.data, view.dtype, offset + first * view.stride_class, view.stride_class, n, scratch);
+}
+
+// A sum of exponentials relative to a running maximum, and first moments that ride on the same exponentials.
+struct OnlineSum {
+  float max = -__builtin_inff();
+  double z = 0, moment = 0, own = 0;  // sum e, sum e (this - max - other + other's max), sum e (this - max)
+};
+
+// What exponentials are relative to: finite even where all classes so far are -inf, which keeps -inf - reference from being NaN.
+inline float finite(float max) { return max > -__FLT_MAX__ ? max : -__FLT_MAX__; }
+
+// Moves the reference of `a` by `shift` = old - new maximum <= 0, while the other side's moves by `other_shift`.
+inline void raise(OnlineSum& a, double shift, double other_shift, double log2_scale) {
+  if (a.z == 0) return;
+  const double f = __builtin_exp2(shift * log2_scale);
+  a.moment = (a.moment + a.z * (shift - other_shift)) * f;
+  a.own = (a.own + a.z * shift) * f;
+  a.z *= f;
+}
+
+// e * difference, and 0 where e is 0: a class without probability contributes nothing even at -inf.
+inline vf weigh(vf e, vf difference) { return e == 0.0f ? set1(0.0f) : e * difference; }
+
+struct KdSums {
+  OnlineSum s, t;
+  double z_hard = 0;  // sum exp(s - max_s) at T = 1
+};
+
+// Adds one chunk to the running sums. kOfTeacher: whose expectation of the difference is wanted (the teacher's for kl and ce, the
+// student's for reverse_kl).
+template <bool kOfTeacher, bool kEntropy, bool kHard>
+inline void kd_accumulate(KdSums& sums, const float* s, const float* t, int64_t n, float log2_scale) {
+  vf max_s = set1(-__builtin_inff()), max_t = max_s;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    max_s = vmax(load(s + i), max_s);
+    max_t = vmax(load(t + i), max_t);
+  }
+  if (i < n) {
+    max_s = vmax(load_n(s + i, n - i, -__builtin_inff()), max_s);
+    max_t = vmax(load_n(t + i, n - i, -__builtin_inff()), max_t);
+  }
+  const float old_s = finite(sums.s.max), old_t = finite(sums.t.max);
+  const float seen_s = max(max_s), seen_t = max(max_t);
+  if (seen_s > sums.s.max) sums.s.max = seen_s;
+  if (seen_t > sums.t.max) sums.t.max = seen_t;
+  const float new_s = finite(sums.s.max), new_t = finite(sums.t.max);
+  if (new_s > old_s || new_t > old_t) {
+    const double shift_s = static_cast<double>(old_s) - new_s, shift_t = static_cast<double>(old_t) - new_t;
+    raise(sums.s, shift_s, shift_t, log2_scale);
+    raise(sums.t, shift_t, shift_s, log2_scale);
+    if (kHard) sums.z_hard *= __builtin_exp2(shift_s * kLog2E);
+  }
+  const vf ms = set1(new_s), mt = set1(new_t);
+
+  const vf scale = set1(log2_scale), log2e = set1(kLog2E);
+  vf z_s = set1(0.0f), z_t = z_s, z_hard = z_s, moment = z_s, own = z_s;
+  const auto add = [&](vf xs, vf xt) {
+    const vf ds = xs - ms, dt = xt - mt;
+    const vf es = exp2_scaled(ds, scale), et = exp2_scaled(dt, scale);
+    z_s += es;
+    z_t += et;
+    moment += kOfTeacher ? weigh(et, dt - ds) : weigh(es, ds - dt);
+    if (kEntropy) own += weigh(et, dt);
+    if (kHard) z_hard += exp2_scaled(ds, log2e);
+  };
+  for (i = 0; i + W <= n; i += W) add(load(s + i), load(t + i));
+  if (i < n) add(load_n(s + i, n - i, -__builtin_inff()), load_n(t + i, n - i, -__builtin_inff()));
+  sums.s.z += sum(z_s);
+  sums.t.z += sum(z_t);
+  (kOfTeacher ? sums.t : sums.s).moment += sum(moment);
+  if (kEntropy) sums.t.own += sum(own);
+  if (kHard) sums.z_hard += sum(z_hard);
+}
+
+// The second sweep of jsd and tv: adds to `loss` and `aux` what n classes contribute.
+struct KdSweep {
+  vf scale, max_s, max_t, inv_z_s, inv_z_t, log_ratio, inv_t, beta;
+};
+
+inline void jsd_terms(const KdSweep& k, vf xs, vf xt, vf& loss, vf& aux) {
+  const vf ps = exp2_scaled(xs - k.max_s, k.scale) * k.inv_z_s, pt = exp2_scaled(xt - k.max_t, k.scale) * k.inv_z_t;
+  // d = log p_t - log p_s; log m is taken relative to the larger of the two, so nothing overflows or underflows to log 0.
+  const vf d = fma((xt - k.max_t) - (xs - k.max_s), k.inv_t, k.log_ratio);
+  const vf share = d > 0.0f ? 1.0f - k.beta : k.beta;
+  const vf log_m = log1p(share * expm1(-vabs(d)));  // log(m / larger)
+  const vf m_over_s = d > 0.0f ? log_m + d : log_m, m_over_t = d > 0.0f ? log_m : log_m - d;
+  const vf of_s = -weigh(ps, m_over_s);
+  loss += (1.0f - k.beta) * of_s - k.beta * weigh(pt, m_over_t);
+  aux += of_s;
+}
+
+inline void tv_terms(const KdSweep& k, vf xs, vf xt, vf& loss, vf& aux) {
+  const vf ps = exp2_scaled(xs - k.max_s, k.scale) * k.inv_z_s, pt = exp2_scaled(xt - k.max_t, k.scale) * k.inv_z_t;
+  const vf difference = ps - pt;
+  loss += 0.5f * vabs(difference);
+  const vf half_sign = difference > 0.0f ? set1(0.5f) : difference < 0.0f ? set1(-0.5f) : set1(0.0f);
+  aux += ps * half_sign;
+}
+
+inline KdSweep kd_sweep(const KdLoss& op, const float* stats, float temperature) {
+  // log(p_t / p_s) = (t - max_t - s + max_s) / T + log(Z_s / Z_t)
+  const double log_ratio = __builtin_log(static_cast<double>(stats[kInvZT]) / stats[kInvZS]);
+  return {set1(static_cast<float>(1.4426950408889634 / temperature)), set1(stats[kMaxS]), set1(stats[kMaxT]),
+          set1(stats[kInvZS]), set1(stats[kInvZT]), set1(static_cast<float>(log_ratio)), set1(1.0f / temperature), set1(op.beta)};
+}
+
+template <bool kOfTeacher, bool kEntropy, bool kHard>
+inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float log2_scale) {
+  alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk];
+  KdSums sums;
+  for (int64_t c = 0; c < op.classes; c += kKdChunk) {
+    const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk;
+    kd_accumulate<kOfTeacher, kEntropy, kHard>(sums, kd_chunk(row.student, row.offset_s, c, n, buffer_s),
+                                               kd_chunk(row.teacher, row.offset_t, c, n, buffer_t), n, log2_scale);
+  }
+  return sums;
+}
+
+inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float log2_scale, bool hard) {
+  if (op.kind == kReverseKl) return hard ? kd_sums<false, false, true>(op, row, log2_scale) : kd_sums<false, false, false>(op, row, log2_scale);
+  if (op.kind == kCe) return hard ? kd_sums<true, true, true>(op, row, log2_scale) : kd_sums<true, true, false>(op, row, log2_scale);
+  return hard ? kd_sums<true, false, true>(op, row, log2_scale) : kd_sums<true, false, false>(op, row, log2_scale);
+}
+
+inline float kd_temperature(const KdLoss& op, int64_t row) { return op.row_temperature ? op.row_temperature[row] : op.temperature; }
+
+inline bool kd_labelled(const KdLoss& op, int64_t row) { return op.labels && op.labels[row] != op.ignore_index; }
+
+// A jsd whose mixture is one of its two sides: 0 everywhere.
+inline bool kd_flat(const KdLoss& op) { return op.kind == kJsd && (op.beta == 0 || op.beta == 1); }
+
+void kd_loss_forward_row(const KdLoss& op, int64_t r) {
+  float* stats = op.stats + r * kKdStats;
+  if (op.mask && !op.mask[r]) {
+    for (int i = 0; i < kKdStats; ++i) stats[i] = 0;
+    return;
+  }
+  const KdRow row = kd_row(op, r);
+  const double temperature = kd_temperature(op, r);
+  const bool labelled = kd_labelled(op, r), hard = labelled && temperature != 1;
+  const float log2_scale = static_cast<float>(1.4426950408889634 / temperature);
+  const KdSums sums = kd_sums(op, row, log2_scale, hard);
+  const double z_hard = hard ? sums.z_hard : sums.s.z;
+  stats[kMaxS] = sums.s.max;
+  stats[kMaxT] = sums.t.max;
+  stats[kInvZS] = static_cast<float>(1 / sums.s.z);
+  stats[kInvZT] = static_cast<float>(1 / sums.t.z);
+  stats[kInvZHard] = static_cast<float>(1 / z_hard);
+  stats[kAux] = 0;
+
+  // lse_t - lse_s, the maxima aside, which the moments leave out too: no difference of two rounded logarithms
+  const double lse_gap = __builtin_log(sums.t.z / sums.s.z);
+  double soft;
+  if (op.kind == kReverseKl) {
+    soft = sums.s.moment / sums.s.z / temperature + lse_gap;
+    stats[kAux] = static_cast<float>(soft);
+  } else if (op.kind == kKl || op.kind == kCe) {
+    soft = sums.t.moment / sums.t.z / temperature - lse_gap;
+    if (op.kind == kCe) soft += __builtin_log(sums.t.z) - sums.t.own / sums.t.z / temperature;  // the teacher's entropy
+  } else if (kd_flat(op)) {
+    soft = 0;
+  } else {
+    const KdSweep sweep = kd_sweep(op, stats, static_cast<float>(temperature));
+    alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk];
+    const float ninf = -__builtin_inff();
+    double aux = 0;
+    soft = 0;
+    for (int64_t c = 0; c < op.classes; c += kKdChunk) {
+      const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk;
+      const float* s = kd_chunk(row.student, row.offset_s, c, n, buffer_s);
+      const float* t = kd_chunk(row.teacher, row.offset_t, c, n, buffer_t);
+      vf loss = set1(0.0f), chunk_aux = loss;
+      for (int64_t i = 0; i < n; i += W) {
+        const vf xs = i + W <= n ? load(s + i) : load_n(s + i, n - i, ninf);
+        const vf xt = i + W <= n ? load(t + i) : load_n(t + i, n - i, ninf);
+        op.kind == kJsd ? jsd_terms(sweep, xs, xt, loss, chunk_aux) : tv_terms(sweep, xs, xt, loss, chunk_aux);
+      }
+      soft += sum(loss);
+      aux += sum(chunk_aux);
+    }
+    stats[kAux] = static_cast<float>(aux);
+  }
+  stats[kSoftLoss] = static_cast<float>(op.scale_t2 ? soft * temperature * temperature : soft);
+  stats[kHardLoss] = 0;
+  if (labelled) {
+    float buffer;
+    const float target = *kd_chunk(row.student, row.offset_s, op.labels[r], 1, &buffer);
+    stats[kHardLoss] = static_cast<float>(__builtin_log(z_hard) - (static_cast<double>(target) - sums.s.max));
+  }
+}
+
+// Gradient of n classes, from chunk s, t into g. kKind selects the formula, kHard adds the cross-entropy's softmax at T = 1.
+template <Kind kKind, bool kHard>
+inline void kd_gradient(const KdSweep& k, float aux, float coef, float hard_coef, const float* s, const float* t, float* g, int64_t n) {
+  const vf vcoef = set1(coef), vhard = set1(hard_coef), vaux = set1(aux), log2e = set1(kLog2E);
+  const vf scaled_s = k.inv_z_s * vcoef, scaled_t = k.inv_z_t * vcoef;
+  const auto gradient = [&](vf xs, vf xt) {
+    const vf es = exp2_scaled(xs - k.max_s, k.scale);
+    vf y;
+    if (kKind == kKl) {
+      y = es * scaled_s - exp2_scaled(xt - k.max_t, k.scale) * scaled_t;
+    } else if (kKind == kTv) {
+      const vf difference = es * k.inv_z_s - exp2_scaled(xt - k.max_t, k.scale) * k.inv_z_t;
+      const vf half_sign = difference > 0.0f ? set1(0.5f) : difference < 0.0f ? set1(-0.5f) : set1(0.0f);
+      y = weigh(es * scaled_s, half_sign - vaux);
+    } else {
+      const vf d = fma((xt - k.max_t) - (xs - k.max_s), k.inv_t, k.log_ratio);
+      if (kKind == kReverseKl) {
+        y = weigh(es * scaled_s, -d - vaux);
+      } else {
+        const vf share = d > 0.0f ? 1.0f - k.beta : k.beta;
+        const vf log_m = log1p(share * expm1(-vabs(d)));
+        y = weigh(es * scaled_s * (1.0f - k.beta), -(d > 0.0f ? log_m + d : log_m) - vaux);
+      }
+    }
+    return kHard ? fma(exp2_scaled(xs - k.max_s, log2e), vhard, y) : y;
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(g + i, gradient(load(s + i), load(t + i)));
+  if (i < n) store_n(g + i, gradient(load_n(s + i, n - i, 0.0f), load_n(t + i, n - i, 0.0f)), n - i);
+}
+
+template <bool kHard>
+inline void kd_gradient(Kind kind, const KdSweep& k, float aux, float coef, float hard_coef, const float* s, const float* t, float* g, int64_t n) {
+  switch (kind) {
+    case kReverseKl: return kd_gradient<kReverseKl, kHard>(k, aux, coef, hard_coef, s, t, g, n);
+    case kJsd: return kd_gradient<kJsd, kHard>(k, aux, coef, hard_coef, s, t, g, n);
+    case kTv: return kd_gradient<kTv, kHard>(k, aux, coef, hard_coef, s, t, g, n);
+    default: return kd_gradient<kKl, kHard>(k, aux, coef, hard_coef, s, t, g, n);  // ce has kl's gradient
+  }
+}
+
+void kd_loss_backward_row(const KdLoss& op, const KdWeights& weights, int64_t r) {
+  const float* stats = op.stats + r * kKdStats;
+  const KdRow row = kd_row(op, r);
+  const int64_t out = r * op.classes;
+  const float upstream = op.grad_loss[(r / op.inner) * op.grad_stride_outer + (r % op.inner) * op.grad_stride_inner];
+  const bool real = !(op.mask && !op.mask[r]), labelled = real && kd_labelled(op, r);
+  const float temperature = kd_temperature(op, r);
+  KdSweep sweep = kd_sweep(op, stats, temperature);
+  // d(T^2 L)/ds carries T^2 / T; an infinite reverse_kl has no useful direction, its gradient is 0
+  const bool flat = kd_flat(op) || (op.kind == kReverseKl && stats[kAux] == __builtin_inff());
+  const float coef = flat ? 0 : upstream * weights.soft * (op.scale_t2 ? temperature : 1 / temperature);
+  const float hard_coef = labelled ? upstream * weights.hard * stats[kInvZHard] : 0;
+  if (flat) sweep.inv_z_s = set1(0.0f);
+
+  alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk], buffer_g[kKdChunk];
+  for (int64_t c = 0; c < op.classes; c += kKdChunk) {
+    const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk;
+    const bool direct = op.student.dtype == DType::kF32;
+    float* g = direct ? static_cast<float*>(op.grad_student) + out + c : buffer_g;
+    if (!real) {
+      for (int64_t i = 0; i < n; ++i) g[i] = 0;
+    } else {
+      const float* s = kd_chunk(row.student, row.offset_s, c, n, buffer_s);
+      const float* t = kd_chunk(row.teacher, row.offset_t, c, n, buffer_t);
+      labelled ? kd_gradient<true>(op.kind, sweep, stats[kAux], coef, hard_coef, s, t, g, n)
+               : kd_gradient<false>(op.kind, sweep, stats[kAux], coef, hard_coef, s, t, g, n);
+      if (labelled && op.labels[r] >= c && op.labels[r] < c + n) g[op.labels[r] - c] -= upstream * weights.hard;
+    }
+    if (!direct) from_floats(g, n, op.grad_student, op.student.dtype, out + c);
+  }
+}
+
+inline int64_t kd_last(const KdLoss& op, int64_t item) {
+  const int64_t rows = op.outer * op.inner, end = (item + 1) * kd_rows_per_item(op);
+  return end < rows ? end : rows;
+}
+
+void kd_loss_forward(const KdLoss& op, int64_t item) {
+  for (int64_t r = item * kd_rows_per_item(op); r < kd_last(op, item); ++r) kd_loss_forward_row(op, r);
+}
+
+void kd_loss_backward(const KdLoss& op, const KdWeights& weights, int64_t item) {
+  for (int64_t r = item * kd_rows_per_item(op); r < kd_last(op, item); ++r) kd_loss_backward_row(op, weights, r);
+}

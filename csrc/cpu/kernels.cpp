@@ -1,0 +1,27 @@
+// Every CPU kernel, compiled once per ISA with -DKD_ISA=<name> and that ISA's flags. All of it lives in an anonymous namespace:
+// the object exports its table and nothing else, so no other translation unit can end up with code that its CPU lacks.
+#include <cstdint>
+#if defined(__AVX2__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own _mm512_undefined_ps (bug 105593)
+#include <immintrin.h>
+#endif
+
+#include "table.h"
+
+#define KD_STRING_(x) #x
+#define KD_STRING(x) KD_STRING_(x)
+
+namespace kd::cpu::KD_ISA {
+namespace {
+#include "vec.h"
+#include "kd_loss.inl"
+}  // namespace
+
+const Table table = {
+    KD_STRING(KD_ISA),
+    kd_loss_forward,
+    kd_loss_backward,
+    nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace kd::cpu::KD_ISA

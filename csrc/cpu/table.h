@@ -1,0 +1,50 @@
+// The kernels of one ISA as a table of functions; each ISA's object exports exactly one symbol, its table.
+#pragma once
+#include <cstdint>
+
+#include "../ops/attention.h"
+#include "../ops/hidden_mse.h"
+#include "kd_loss.h"
+
+namespace kd::cpu {
+
+// A kernel computes work item `item` of an op; no two items write the same output. `scratch` is 64-byte aligned memory of the
+// worker that runs the item, as large as the op's *_scratch function says (in floats).
+struct Table {
+  const char* isa;
+
+  // One item = kd_rows_per_item(op) rows.
+  void (*kd_loss_forward)(const KdLoss&, int64_t item);
+  void (*kd_loss_backward)(const KdLoss&, const KdWeights&, int64_t item);
+
+  // One item = one (batch, head).
+  int64_t (*attention_scratch)(const Attention&);
+  void (*attention_maps)(const Attention&, int64_t item, float* scratch);    // KL, or MSE of probabilities
+  void (*attention_scores)(const Attention&, int64_t item, float* scratch);  // MSE of scores
+
+  // One item = one block of tokens of one layer.
+  int64_t (*hidden_scratch)(const HiddenMse&);
+  void (*hidden_forward)(const HiddenMse&, int64_t item, float* scratch);
+  void (*hidden_backward)(const HiddenMse&, int64_t item, float* scratch);
+};
+
+namespace generic { extern const Table table; }
+namespace avx2 { extern const Table table; }
+namespace avx512 { extern const Table table; }
+
+// Every ISA of this build, best first.
+struct Candidate {
+  const char* name;
+  bool (*supported)();  // by this CPU and its operating system
+  const Table* table;
+};
+extern const Candidate candidates[];
+extern const int num_candidates;
+
+// The best table that this CPU runs, or the one that KDKERNELS_CPU_ISA names. Null if it names one that does not exist or that
+// this CPU lacks; `isa_error()` then says so.
+const Table* table();
+const char* isa_error();
+const char* isa_reason();
+
+}  // namespace kd::cpu
