@@ -1,0 +1,76 @@
+// Matrix products on tiles that stay in registers: C[M, N] (+)= A[M, K] B[K, N] in fp32, for operands that are already packed.
+//
+// A tile is kMr rows x kNv vectors of C; each step of k loads kNv vectors of B, broadcasts kMr numbers of A and issues kMr * kNv
+// FMAs. With 32 registers 24 accumulators leave room for B and a broadcast, and 10 loads against 24 FMAs keep the FMA units the
+// limit. GCC 12 puts accumulators on the stack when the FMA is an intrinsic, so it is one line of assembly here.
+//
+// Callers pad M to a multiple of the tile and N to a multiple of W, so there are no remainders: what padding computes is not read.
+
+#if defined(__AVX512F__)
+inline void fma_to(vf& acc, vf a, vf b) { asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+#elif defined(__AVX2__)
+inline void fma_to(vf& acc, vf a, vf b) { asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b)); }
+#else
+inline void fma_to(vf& acc, vf a, vf b) { acc += a * b; }
+#endif
+
+// Rows of a tile by the number of vectors across: as many accumulators as the registers allow.
+constexpr int tile_rows(int vectors) {
+#if defined(__AVX512F__)
+  return vectors == 1 ? 12 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
+#elif defined(__AVX2__)
+  return vectors == 1 ? 12 : vectors == 2 ? 6 : vectors == 3 ? 4 : 3;
+#else
+  return vectors == 1 ? 12 : vectors == 2 ? 4 : vectors == 3 ? 4 : 3;
+#endif
+}
+constexpr int kRowPad = 12;     // a multiple of every tile_rows(), so one padding of M serves all widths
+constexpr int kPanel = 4 * W;   // columns of B that one tile spans at most
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// One tile. A is read at a[m * a_row + k * a_col], B at b[k * ldb + n], C at c[m * ldc + n].
+template <int kMr, int kNv, bool kAdd>
+inline void gemm_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  vf acc[kMr][kNv];
+#pragma GCC unroll 12
+  for (int m = 0; m < kMr; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < kNv; ++n) acc[m][n] = kAdd ? load(c + m * ldc + n * W) : set1(0.0f);
+  for (int64_t k = 0; k < depth; ++k, a += a_col, b += ldb) {
+    vf columns[kNv];
+#pragma GCC unroll 4
+    for (int n = 0; n < kNv; ++n) columns[n] = load(b + n * W);
+#pragma GCC unroll 12
+    for (int m = 0; m < kMr; ++m) {
+      const vf row = set1(a[m * a_row]);
+#pragma GCC unroll 4
+      for (int n = 0; n < kNv; ++n) fma_to(acc[m][n], row, columns[n]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < kMr; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < kNv; ++n) store(c + m * ldc + n * W, acc[m][n]);
+}
+
+template <int kNv, bool kAdd>
+inline void gemm_rows(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  constexpr int kMr = tile_rows(kNv);
+  for (int64_t m = 0; m < rows; m += kMr) gemm_tile<kMr, kNv, kAdd>(depth, a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc);
+}
+
+// C[rows, columns] = A B, or += where kAdd. rows: a multiple of kRowPad; columns: of W. B is in panels of kPanel columns, panel p
+// at b + p * panel_stride with rows ldb apart (packed panels: ldb = kPanel, panel_stride = kPanel * depth; row-major B: ldb = its
+// row, panel_stride = kPanel).
+template <bool kAdd>
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
+                 int64_t panel_stride, float* c, int64_t ldc) {
+  for (int64_t n = 0; n < columns; n += kPanel, b += panel_stride, c += kPanel) {
+    const int64_t vectors = (columns - n < kPanel ? columns - n : kPanel) / W;
+    if (vectors == 4) gemm_rows<4, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
+    if (vectors == 3) gemm_rows<3, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
+    if (vectors == 2) gemm_rows<2, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
+    if (vectors == 1) gemm_rows<1, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
+  }
+}
