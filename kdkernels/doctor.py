@@ -1,0 +1,141 @@
+"""`kdkernels doctor`: what this installation has, which implementation each op uses and why, and whether it computes the right thing.
+
+Each op family runs once on a small input, forward and backward, and is compared with the reference; exit status 1 if one is wrong.
+"""
+
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from . import _load, functional, reference
+
+
+def main() -> int:
+    """Prints the report; returns 0, or 1 if a part that every installation needs does not work."""
+    from . import __version__
+
+    try:
+        from . import _native
+    except ImportError as error:
+        print(
+            f"kdkernels {__version__}: the module _native is broken ({error}); run `make build` or `pip install .` again"
+        )
+        return 1
+
+    build = _native.build_info()
+    _line("kdkernels", f"{__version__} in {Path(__file__).parent}; built with {build['compiler']}")
+    _line("python", f"{platform.python_version()}, {platform.platform()}")
+    _line("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    _line("cpu", f"{_cpu_name()}; {_words(_native.cpu_features())}")
+    problems = _report_isa(_native)
+    _line("cuda library", _cuda_library(build["cuda_archs"]))
+    _line("triton", _triton())
+    _line("gpu", _gpu())
+
+    if not problems:
+        print("\nop             device  implementation")
+        for op, by_device in _load.explain().items():
+            for device, text in by_device.items():
+                print(f"{op:14} {device:7} {text}" if len(device) <= 7 else f"{op:14} {device}: {text}")
+        print()
+        problems += _check("cpu")
+        if torch.cuda.is_available():
+            problems += _check("cuda")
+    for problem in problems:
+        print(f"BROKEN: {problem}")
+    print("" if problems else "All ops agree with their references.", end="" if problems else "\n")
+    return 1 if problems else 0
+
+
+def _line(name: str, text: str) -> None:
+    print(f"{name:14} {text}")
+
+
+def _words(features: dict[str, bool]) -> str:
+    return " ".join(name for name, present in features.items() if present) or "baseline instructions only"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _report_isa(native) -> list[str]:
+    runs = [isa for isa, supported in native.isas().items() if supported]
+    lacks = [isa for isa, supported in native.isas().items() if not supported]
+    about = f"built: {', '.join(native.isas())}" + (f"; this CPU lacks {', '.join(lacks)}" if lacks else "")
+    try:
+        _line("cpu kernels", f"{native.isa()} ({native.isa_reason()}); {about}")
+    except RuntimeError as error:
+        _line("cpu kernels", f"none; {about}")
+        return [f"{error}: it is {os.environ.get('KDKERNELS_CPU_ISA')!r}, and this CPU runs {', '.join(runs)}"]
+    return []
+
+
+def _cuda_library(archs: str) -> str:
+    if not archs:
+        return "absent: built without nvcc, so kd_loss has no kernel for CUDA tensors"
+    text = f"present, for {' '.join('sm_' + arch for arch in archs.split(','))}"
+    return text if torch.version.cuda else text + "; not used: this torch is built without CUDA"
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed: the attention, relation and hidden losses have no kernel for CUDA tensors"
+    import triton
+
+    return triton.__version__
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(
+            f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB)"
+        )
+    return "; ".join(names)
+
+
+def _check(device: str) -> list[str]:
+    """Each op against its reference, in value and gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    mask = torch.ones(2, 5, dtype=torch.bool, device=device)
+    mask[1, 3:] = False
+    heads = [draw(2, 2, 5, 8) for _ in range(4)]
+    calls = {
+        "kd_loss": ([draw(2, 5, 17), draw(2, 5, 17)], {"temperature": 2.0, "mask": mask}),
+        "attention_kl": (heads, {"mask": mask}),
+        "attention_mse": (heads, {"mask": mask}),
+        "relation_kl": ([draw(2, 5, 12), draw(2, 5, 16)], {"mask": mask, "num_heads": 2}),
+        "hidden_mse": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),
+    }
+    problems = []
+    for name, (tensors, options) in calls.items():
+        results = []
+        for function in (getattr(functional, name), getattr(reference, name)):
+            student = tensors[0].clone().requires_grad_()
+            try:
+                loss = function(student, *tensors[1:], **options)
+                loss.backward()
+            except (RuntimeError, NotImplementedError) as error:
+                problems.append(f"{name} on {device}: {' '.join(str(error).split())[:300]}")
+                break
+            results.append((loss.detach(), student.grad))
+        if len(results) == 2 and not all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results, strict=True)
+        ):
+            problems.append(f"{name} on {device} disagrees with its reference")
+    return problems
