@@ -1,6 +1,7 @@
-"""`kdkernels doctor`: what this installation has, which implementation each op uses and why, and whether it computes the right thing.
+"""`kdkernels doctor`: what this installation has, which implementation each op uses and why, and whether it works.
 
-Each op family runs once on a small input, forward and backward, and is compared with the reference; exit status 1 if one is wrong.
+Each op family runs once on a small input, forward and backward, and is compared with the reference; exit status 1 if one
+is wrong.
 """
 
 import importlib.util
@@ -20,9 +21,7 @@ def main() -> int:
     try:
         from . import _native
     except ImportError as error:
-        print(
-            f"kdkernels {__version__}: the module _native is broken ({error}); run `make build` or `pip install .` again"
-        )
+        print(f"BROKEN: the module _native does not import ({error}); run `make build` or `pip install .` again")
         return 1
 
     build = _native.build_info()
@@ -36,17 +35,17 @@ def main() -> int:
     _line("gpu", _gpu())
 
     if not problems:
-        print("\nop             device  implementation")
+        print()
         for op, by_device in _load.explain().items():
-            for device, text in by_device.items():
-                print(f"{op:14} {device:7} {text}" if len(device) <= 7 else f"{op:14} {device}: {text}")
+            _line(op, "; ".join(f"{device}: {text}" for device, text in by_device.items()))
         print()
         problems += _check("cpu")
         if torch.cuda.is_available():
             problems += _check("cuda")
     for problem in problems:
         print(f"BROKEN: {problem}")
-    print("" if problems else "All ops agree with their references.", end="" if problems else "\n")
+    if not problems:
+        print("All ops agree with their references.")
     return 1 if problems else 0
 
 
@@ -98,10 +97,8 @@ def _gpu() -> str:
         return "none that torch can use"
     names = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        names.append(
-            f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB)"
-        )
+        gpu = torch.cuda.get_device_properties(index)
+        names.append(f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 30} GiB)")
     return "; ".join(names)
 
 
@@ -124,18 +121,18 @@ def _check(device: str) -> list[str]:
     }
     problems = []
     for name, (tensors, options) in calls.items():
-        results = []
-        for function in (getattr(functional, name), getattr(reference, name)):
-            student = tensors[0].clone().requires_grad_()
-            try:
-                loss = function(student, *tensors[1:], **options)
-                loss.backward()
-            except (RuntimeError, NotImplementedError) as error:
-                problems.append(f"{name} on {device}: {' '.join(str(error).split())[:300]}")
-                break
-            results.append((loss.detach(), student.grad))
-        if len(results) == 2 and not all(
-            torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results, strict=True)
-        ):
+        try:
+            ours, truth = (_run(getattr(face, name), tensors, options) for face in (functional, reference))
+        except RuntimeError as error:
+            problems.append(f"{name} on {device}: {str(error).splitlines()[0].split('. ')[0]}")
+            continue
+        if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, truth, strict=True)):
             problems.append(f"{name} on {device} disagrees with its reference")
     return problems
+
+
+def _run(function, tensors: list[torch.Tensor], options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    student = tensors[0].clone().requires_grad_()
+    loss = function(student, *tensors[1:], **options)
+    loss.backward()
+    return loss.detach(), student.grad
