@@ -1,0 +1,157 @@
+"""The losses as practitioners write them in plain PyTorch: the eager peer, what torch.compile gets, and the yardstick of accuracy.
+
+Natural code with the functions of torch.nn.functional, full padded N x N maps and masks multiplied in, as in TextBrewer, TinyBERT's and
+MiniLM's scripts; in the dtype of its inputs. Nothing is made slow on purpose: where two ways of writing a loss are common, both stand
+here and the benches take the faster. Signatures are those of `kdkernels.functional`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# What BERT-era code adds to the scores of padding: large for a softmax, and finite, so that 0 * log 0 stays 0.
+PADDING = -1e4
+
+
+def kd_loss(
+    student_logits,
+    teacher_logits,
+    *,
+    kind="kl",
+    temperature=1.0,
+    scale_t2=True,
+    beta=0.5,
+    mask=None,
+    labels=None,
+    alpha=1.0,
+    ignore_index=-100,
+    reduction="batchmean",
+    log_target=True,
+):
+    """Log-softmax of both, then the formula; `log_target` says in which of two common ways the KL meets the teacher."""
+    per_row = torch.is_tensor(temperature)
+    divisor = temperature.unsqueeze(-1).to(student_logits.dtype) if per_row else temperature
+    student, teacher = student_logits / divisor, teacher_logits / divisor
+    soft_rows = _divergence(student, teacher, kind, beta, log_target)
+    if scale_t2:
+        soft_rows = soft_rows * temperature**2
+    soft = _reduce(soft_rows, mask, reduction, student.shape[-1])
+    if labels is None:
+        return soft
+    if mask is not None:
+        labels = labels.masked_fill(~mask, ignore_index)
+    hard = F.cross_entropy(
+        student_logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=ignore_index,
+        reduction="mean" if reduction in ("mean", "batchmean") else reduction,
+    )
+    return alpha * soft + (1 - alpha) * (hard.view(labels.shape) if reduction == "none" else hard)
+
+
+def kd_loss_softmax_target(student_logits, teacher_logits, **options):
+    """As the documentation of nn.KLDivLoss has it: the teacher as probabilities."""
+    return kd_loss(student_logits, teacher_logits, **options, log_target=False)
+
+
+def attention_kl(
+    q_s, k_s, q_t, k_t, mask=None, *, temperature=1.0, scale_s=None, scale_t=None, reduction="batchmean", log_target=True
+):
+    student = _scores(q_s, k_s, scale_s, mask, temperature)
+    teacher = _scores(q_t, k_t, scale_t, mask, temperature)
+    rows = _divergence(student, teacher, "kl", 0.5, log_target)
+    return _reduce(rows, None if mask is None else mask[:, None, :].expand(rows.shape), reduction)
+
+
+def attention_kl_softmax_target(*tensors, **options):
+    return attention_kl(*tensors, **options, log_target=False)
+
+
+def attention_mse(q_s, k_s, q_t, k_t, mask=None, *, on="scores", scale_s=None, scale_t=None):
+    student, teacher = _scores(q_s, k_s, scale_s, mask), _scores(q_t, k_t, scale_t, mask)
+    if on == "probs":
+        student, teacher = student.softmax(-1), teacher.softmax(-1)
+    if mask is None:
+        return F.mse_loss(student, teacher)
+    real = (mask[:, None, :, None] & mask[:, None, None, :]).to(student.dtype)
+    count = mask.sum(-1).square().sum() * student.shape[1]
+    return (F.mse_loss(student, teacher, reduction="none") * real).sum() / count
+
+
+def relation_kl(student, teacher, mask=None, *, num_heads, reduction="batchmean"):
+    s, t = _split_heads(student, num_heads), _split_heads(teacher, num_heads)
+    return attention_kl(s, s, t, t, mask, reduction=reduction)
+
+
+def relation_kl_softmax_target(student, teacher, mask=None, *, num_heads, reduction="batchmean"):
+    s, t = _split_heads(student, num_heads), _split_heads(teacher, num_heads)
+    return attention_kl_softmax_target(s, s, t, t, mask, reduction=reduction)
+
+
+def hidden_mse(student, teacher, mask=None, *, weight=None, bias=None, normalize=None):
+    students, teachers = ([x] if torch.is_tensor(x) else x for x in (student, teacher))
+    weights, biases = (x if isinstance(x, list) else [x] * len(students) for x in (weight, bias))
+    total = 0.0
+    for s, t, w, b in zip(students, teachers, weights, biases, strict=True):
+        if w is not None:
+            s = F.linear(s, w, b)
+        if normalize == "l2":
+            s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
+        elif normalize == "layer_norm":
+            s, t = F.layer_norm(s, s.shape[-1:], eps=1e-12), F.layer_norm(t, t.shape[-1:], eps=1e-12)
+        if mask is None:
+            total = total + F.mse_loss(s, t)
+        else:
+            squares = F.mse_loss(s, t, reduction="none") * mask.unsqueeze(-1)
+            total = total + squares.sum() / (mask.sum() * t.shape[-1])
+    return total
+
+
+VARIANTS = {
+    "kd_loss": (kd_loss, kd_loss_softmax_target),
+    "attention_kl": (attention_kl, attention_kl_softmax_target),
+    "attention_mse": (attention_mse,),
+    "relation_kl": (relation_kl, relation_kl_softmax_target),
+    "hidden_mse": (hidden_mse,),
+}
+
+
+def _divergence(student, teacher, kind, beta, log_target):
+    """One value per row from logits that are already divided by the temperature."""
+    log_s = F.log_softmax(student, -1)
+    if kind == "ce":
+        return -(F.softmax(teacher, -1) * log_s).sum(-1)
+    if kind == "kl" and not log_target:
+        return F.kl_div(log_s, F.softmax(teacher, -1), reduction="none").sum(-1)
+    log_t = F.log_softmax(teacher, -1)
+    if kind == "kl":
+        return F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
+    if kind == "reverse_kl":
+        return F.kl_div(log_t, log_s, log_target=True, reduction="none").sum(-1)
+    p_s, p_t = log_s.exp(), log_t.exp()
+    if kind == "tv":
+        return 0.5 * (p_s - p_t).abs().sum(-1)
+    log_m = (beta * p_t + (1 - beta) * p_s).log()
+    to_mixture = [F.kl_div(log_m, log_p, log_target=True, reduction="none").sum(-1) for log_p in (log_t, log_s)]
+    return beta * to_mixture[0] + (1 - beta) * to_mixture[1]
+
+
+def _scores(q, k, scale, mask, temperature=1.0):
+    """[B, H, N, N]; padding keys get a large negative score, as transformers' extended attention mask did it."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q @ k.transpose(-1, -2) * (scale / temperature)
+    return scores if mask is None else scores.masked_fill(~mask[:, None, None, :], PADDING)
+
+
+def _split_heads(x, num_heads):
+    batch, tokens, width = x.shape
+    return x.reshape(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
+
+
+def _reduce(rows, mask, reduction, classes=1):
+    if mask is not None:
+        rows = rows * mask
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.sum() / ((rows.numel() if mask is None else mask.sum()) * (classes if reduction == "mean" else 1))

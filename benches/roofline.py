@@ -1,0 +1,117 @@
+"""What a case must cost at least, and what the machine can do at best: the percentage of the ceiling in every row.
+
+The floor counts the bytes that must cross to memory (every input read once, every gradient written once) and the operations that the
+algorithm needs, real tokens only. It is the larger of bytes / bandwidth and operations / arithmetic rate; exponentials are not counted, so
+100 % cannot be reached where they matter. The ceilings are measured, on the CPU by `kdkernels._native`, on a GPU by a large copy and a
+large matrix product.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from python_tests.case import Call
+
+
+@dataclass(frozen=True)
+class Work:
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes and operations per second, and what was measured."""
+
+    bandwidth: float
+    arithmetic: float
+    described: str
+
+    def floor(self, work: Work) -> tuple[float, str]:
+        """Seconds that the work must take, and what bounds it."""
+        memory, compute = work.bytes / self.bandwidth, work.operations / self.arithmetic
+        return (memory, "bandwidth") if memory >= compute else (compute, "arithmetic")
+
+
+def measure(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
+    if device == "cuda":
+        return _measure_cuda(dtype)
+    from kdkernels import _native
+
+    copy, arithmetic = _native.measure("copy", threads=threads), _native.measure("fp32", threads=threads)
+    return Ceilings(copy * 1e9, arithmetic * 1e9, f"copy {copy:.1f} GB/s, fp32 {arithmetic:.0f} GFLOPS, {threads} threads")
+
+
+def _measure_cuda(dtype: torch.dtype) -> Ceilings:
+    from triton.testing import do_bench
+
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda").random_(-100, 100)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    product = 2 * size**3 / (do_bench(lambda: a @ b, return_mode="median") * 1e-3)
+    return Ceilings(copy, product, f"copy {copy * 1e-12:.2f} TB/s, {str(dtype).removeprefix('torch.')} {product * 1e-12:.0f} TFLOPS")
+
+
+def work(op: str, call: Call) -> Work:
+    """Bytes and operations of one forward and backward."""
+    return _WORK[op](call)
+
+
+def _traffic(call: Call) -> int:
+    """Read the student and the teacher, write the gradient."""
+    size = sum(x.numel() * x.element_size() for x in call.leaves)
+    return 2 * size + sum(x.numel() * x.element_size() for x in call.teachers)
+
+
+def _lengths(call: Call, batch: int, tokens: int) -> torch.Tensor:
+    mask = call.other.get("mask")
+    return torch.full((batch,), tokens) if mask is None else mask.sum(-1).cpu()
+
+
+def _kd_loss(call: Call) -> Work:
+    return Work(_traffic(call), 0)
+
+
+def _attention_maps(call: Call) -> Work:
+    """Both maps once (2 d_s + 2 d_t operations an entry) and the products of the gradients of q and k (4 d_s)."""
+    batch, heads, tokens, d_s = call.student["q_s"].shape
+    entries = heads * _lengths(call, batch, tokens).square().sum().item()
+    return Work(_traffic(call), entries * (6 * d_s + 2 * call.teacher["q_t"].shape[-1]))
+
+
+def _attention_mse(call: Call) -> Work:
+    if call.other.get("on", "scores") == "probs":
+        return _attention_maps(call)
+    batch, heads, tokens, d_s = call.student["q_s"].shape
+    width = d_s + call.teacher["q_t"].shape[-1]
+    rows = heads * _lengths(call, batch, tokens).sum().item()
+    # Two symmetric Gram matrices of the joined heads, then each gradient as rows x width by width x d_s.
+    return Work(_traffic(call), rows * (2 * width**2 + 4 * width * d_s))
+
+
+def _relation_kl(call: Call) -> Work:
+    """Two symmetric maps, of which half is enough, and one product with the symmetric gradient of the map."""
+    student, teacher = call.student["student"], call.teacher["teacher"]
+    pairs = _lengths(call, *student.shape[:2]).square().sum().item()
+    return Work(_traffic(call), pairs * (student.shape[2] + teacher.shape[2] + 2 * student.shape[2]))
+
+
+def _hidden_mse(call: Call) -> Work:
+    students, teachers = (x if isinstance(x, list) else [x] for x in (call.student["student"], call.teacher["teacher"]))
+    real = _lengths(call, *students[0].shape[:2]).sum().item()
+    batch, tokens, d_s = students[0].shape
+    d_t, size_s, size_t = teachers[0].shape[2], students[0].element_size(), teachers[0].element_size()
+    moved = len(students) * (real * (d_s * size_s + d_t * size_t) + batch * tokens * d_s * size_s)
+    # The projection forward, and the gradients of its input and of its weight.
+    return Work(moved, len(students) * real * 6 * d_s * d_t if "weight" in call.student else 0)
+
+
+_WORK = {
+    "kd_loss": _kd_loss,
+    "attention_kl": _attention_maps,
+    "attention_mse": _attention_mse,
+    "relation_kl": _relation_kl,
+    "hidden_mse": _hidden_mse,
+}

@@ -1,0 +1,204 @@
+"""What a row of the table in `cases.py` is, and how it becomes tensors.
+
+A case says what an op is called with (shapes, options, mask, memory layout) and why it is in the table; `Case.make` turns it into
+tensors from a seed. All rows of an op take the public function's argument names, so that the fused op, the reference and the eager
+peer are called alike: `function(**call.arguments)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+OPS = ("kd_loss", "attention_kl", "attention_mse", "relation_kl", "hidden_mse")
+FLOAT32 = (torch.float32, torch.float32)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a bench row must reach: how many times faster than a peer, and the memory beyond inputs and gradients."""
+
+    eager: float | None = None
+    compile: float | None = None
+    float32: float | None = None
+    liger: float | None = None
+    memory: Callable[["Call"], int] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    name: str
+    why: str
+    shape: dict
+    options: dict = field(default_factory=dict)
+    mask: object = None
+    layout: str = "contiguous"
+    spread: float = 1.0
+    near: float | None = None
+    dtypes: tuple = FLOAT32
+    device: str = "cpu"
+    target: Target | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def make(self, seed: int = 0, dtypes: tuple | None = None, device: str | None = None) -> "Call":
+        """The tensors of this case; `dtypes` = (student's, teacher's). The student's tensors require grad."""
+        generator = torch.Generator().manual_seed(seed)
+        student, teacher, other = _MAKERS[self.op](generator, self)
+        dtypes, device = dtypes or self.dtypes, device or self.device
+
+        def place(value, dtype, layout):
+            if isinstance(value, list):
+                return [place(x, dtype, layout) for x in value]
+            return _lay_out(value.to(device, dtype), layout)
+
+        student_layout = "contiguous" if self.layout == "expanded" else self.layout
+        student = {name: place(value, dtypes[0], student_layout) for name, value in student.items()}
+        teacher = {name: place(value, dtypes[1], self.layout) for name, value in teacher.items()}
+        for leaf in _flat(student.values()):
+            leaf.requires_grad_()
+        other = {name: value.to(device) if torch.is_tensor(value) else value for name, value in other.items()}
+        return Call(student, teacher, {**other, **self.options})
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call by name: the student's (differentiable), the teacher's, and the rest."""
+
+    student: dict
+    teacher: dict
+    other: dict
+
+    @property
+    def arguments(self) -> dict:
+        return {**self.student, **self.teacher, **self.other}
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        return _flat(self.student.values())
+
+    @property
+    def teachers(self) -> list[torch.Tensor]:
+        return _flat(self.teacher.values())
+
+    def map(self, function) -> "Call":
+        """The same call with `function` applied to every student and teacher tensor; the students require grad again."""
+
+        def apply(value):
+            return [apply(x) for x in value] if isinstance(value, list) else function(value.detach())
+
+        student = {name: apply(value) for name, value in self.student.items()}
+        for leaf in _flat(student.values()):
+            leaf.requires_grad_()
+        return Call(student, {name: apply(value) for name, value in self.teacher.items()}, self.other)
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        return self.map(lambda x: x.to(dtype, copy=True))
+
+    def with_options(self, **options) -> "Call":
+        return replace(self, other={**self.other, **options})
+
+
+def upstream(loss: torch.Tensor) -> torch.Tensor:
+    """A gradient from above that is not 1 and differs from row to row, on the loss's device and in its dtype."""
+    if loss.dim() == 0:
+        return torch.full_like(loss, 0.375, requires_grad=False)
+    return torch.linspace(0.25, 1.75, max(loss.numel(), 1), device=loss.device)[: loss.numel()].to(loss.dtype).view(loss.shape)
+
+
+def evaluate(function, call: Call) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss and the gradients of the student's tensors under `upstream`."""
+    loss = function(**call.arguments)
+    return loss.detach(), list(torch.autograd.grad(loss, call.leaves, upstream(loss)))
+
+
+def _flat(values) -> list[torch.Tensor]:
+    return [x for value in values for x in (value if isinstance(value, list) else [value])]
+
+
+def _lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values at other addresses; what lies between them is NaN, so that a read beside a row shows."""
+    if layout == "contiguous" or x.dim() < 2:
+        return x.contiguous()
+    if layout == "expanded":
+        return x[:1].contiguous().expand(x.shape)
+    if layout == "transposed":
+        a, b = (0, 1) if x.dim() == 3 else (-3, -2) if x.dim() > 3 else (0, 1)
+        return x.transpose(a, b).contiguous().transpose(a, b)
+    padded = x.new_full((*x.shape[:-2], x.shape[-2] + 1, 2 * x.shape[-1] + 3), torch.nan)
+    if layout == "sliced":
+        view = padded[..., :-1, 2 : 2 + x.shape[-1]]
+    elif layout == "strided":
+        view = padded[..., 1:, : 2 * x.shape[-1] : 2]
+    else:
+        raise ValueError(f"unknown layout {layout!r}")
+    return view.copy_(x)
+
+
+def _mask(generator: torch.Generator, spec, shape: tuple) -> dict:
+    """spec: None, "holes", "half", a tuple of lengths (one per sequence) or ("uniform", low, high)."""
+    if spec is None:
+        return {}
+    if spec == "holes":
+        return {"mask": torch.rand(shape, generator=generator) < 0.6}
+    if spec == "half":
+        lengths = torch.linspace(1, shape[-1] - 1, shape[0]).round().long()
+    elif spec[0] == "uniform":
+        lengths = torch.randint(spec[1], spec[2] + 1, shape[:1], generator=generator)
+    else:
+        lengths = torch.tensor(spec)
+    return {"mask": torch.arange(shape[-1]) < lengths[:, None]}
+
+
+def _pair(generator: torch.Generator, case: Case, student_shape: tuple, teacher_shape: tuple):
+    teacher = case.spread * torch.randn(teacher_shape, generator=generator)
+    noise = torch.randn(student_shape, generator=generator)
+    student = case.spread * noise if case.near is None else teacher + case.near * noise
+    return student, teacher
+
+
+def _kd_loss(generator, case):
+    lead, classes = case.shape["lead"], case.shape["classes"]
+    student, teacher = _pair(generator, case, (*lead, classes), (*lead, classes))
+    other = _mask(generator, case.mask, lead)
+    if case.shape.get("labels"):
+        labels = torch.randint(classes, lead, generator=generator)
+        other["labels"] = torch.where(torch.rand(lead, generator=generator) < 0.3, -100, labels)
+    if case.shape.get("row_temperature"):
+        other["temperature"] = 0.5 + 4 * torch.rand(lead, generator=generator)
+    return {"student_logits": student}, {"teacher_logits": teacher}, other
+
+
+def _attention(generator, case):
+    batch, heads, tokens, d_s, d_t = (case.shape[key] for key in ("batch", "heads", "tokens", "d_s", "d_t"))
+    q_s, q_t = _pair(generator, case, (batch, heads, tokens, d_s), (batch, heads, tokens, d_t))
+    k_s, k_t = _pair(generator, case, (batch, heads, tokens, d_s), (batch, heads, tokens, d_t))
+    return {"q_s": q_s, "k_s": k_s}, {"q_t": q_t, "k_t": k_t}, _mask(generator, case.mask, (batch, tokens))
+
+
+def _relation(generator, case):
+    batch, tokens, w_s, w_t = (case.shape[key] for key in ("batch", "tokens", "w_s", "w_t"))
+    student, teacher = _pair(generator, case, (batch, tokens, w_s), (batch, tokens, w_t))
+    return {"student": student}, {"teacher": teacher}, _mask(generator, case.mask, (batch, tokens))
+
+
+def _hidden(generator, case):
+    batch, tokens, d_s, d_t = (case.shape[key] for key in ("batch", "tokens", "d_s", "d_t"))
+    layers, weights = case.shape.get("layers"), case.shape.get("weights", 0)
+    pairs = [_pair(generator, case, (batch, tokens, d_s), (batch, tokens, d_t)) for _ in range(layers or 1)]
+    student = {"student": [s for s, _ in pairs] if layers else pairs[0][0]}
+    if weights:
+        made = [torch.randn(d_t, d_s, generator=generator) * d_s**-0.5 for _ in range(weights)]
+        student["weight"] = made if weights > 1 else made[0]
+        if case.shape.get("bias"):
+            made = [torch.randn(d_t, generator=generator) for _ in range(weights)]
+            student["bias"] = made if weights > 1 else made[0]
+    return student, {"teacher": [t for _, t in pairs] if layers else pairs[0][1]}, _mask(generator, case.mask, (batch, tokens))
+
+
+_MAKERS = {
+    "kd_loss": _kd_loss, "attention_kl": _attention, "attention_mse": _attention, "relation_kl": _relation, "hidden_mse": _hidden,
+}  # fmt: skip

@@ -1,0 +1,88 @@
+"""How accurate is accurate enough: never a guessed constant, always what eager PyTorch loses on the same inputs.
+
+Truth is the reference in float64 on the very inputs that the op got. For float32 inputs the error may be twice that of natural eager
+code in float32, for bfloat16 and float16 inputs no more than eager's in that dtype. Both errors are the worst over a few seeds, so that
+a lucky exact result of eager on one number does not fail us, and a lucky one of ours does not save us. What any result may lose is the
+rounding of the output itself and a few units in the last place of float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import kdkernels.functional
+import kdkernels.reference
+from benches.peers import eager
+
+from .case import Call, Case, evaluate
+
+SEEDS = range(4)
+ULPS = 4
+# Below this a gradient is noise of the arithmetic: terms are of order 1, and float32 resolves 1e-7 of them.
+TINY = 1e-14
+
+
+@dataclass
+class Error:
+    """Of one output: the largest and the root-mean-square deviation from truth, and the largest magnitude of truth."""
+
+    largest: float = 0.0
+    rms: float = 0.0
+    scale: float = 0.0
+
+    def worst(self, other: "Error") -> "Error":
+        return Error(*(max(a, b) if a == a and b == b else float("nan") for a, b in zip(vars(self).values(), vars(other).values())))
+
+
+def error(got: torch.Tensor, truth: torch.Tensor) -> Error:
+    if got.shape != truth.shape:
+        raise AssertionError(f"shape {list(got.shape)}, expected {list(truth.shape)}")
+    if truth.numel() == 0:
+        return Error()
+    # Equal infinities are no error.
+    difference = torch.where(got.double() == truth, 0, got.double() - truth)
+    return Error(difference.abs().max().item(), difference.square().mean().sqrt().item(), truth.abs().max().item())
+
+
+def errors(function, call: Call, truth) -> list[Error]:
+    """Of the loss and of each gradient."""
+    loss, gradients = evaluate(function, call)
+    return [error(got, true) for got, true in zip([loss, *gradients], [truth[0], *truth[1]], strict=True)]
+
+
+def truth_of(op: str, call: Call):
+    """The loss and gradients in float64."""
+    return evaluate(getattr(kdkernels.reference, op), call.to(torch.float64))
+
+
+def violations(case: Case, dtypes: tuple | None = None, device: str = "cpu", seeds=SEEDS, function=None) -> list[str]:
+    """One line per output that is less accurate than allowed; empty if all is well."""
+    function = function or getattr(kdkernels.functional, case.op)
+    yardsticks = (eager.VARIANTS[case.op][0], getattr(kdkernels.reference, case.op))
+    ours, theirs, fallback, call = None, None, None, None
+    for seed in seeds:
+        call = case.make(seed, dtypes, device)
+        truth = truth_of(case.op, call)
+        now = [errors(f, call, truth) for f in (function, *yardsticks)]
+        before = (ours, theirs, fallback)
+        ours, theirs, fallback = (
+            new if old is None else [a.worst(b) for a, b in zip(old, new)] for old, new in zip(before, now)
+        )
+    single = torch.float32 in {x.dtype for x in call.leaves + call.teachers}
+    outputs = ["loss", *(f"gradient {i}" for i in range(len(call.leaves)))]
+    stored = [torch.float32, *(leaf.dtype for leaf in call.leaves)]
+    found = []
+    for name, dtype, mine, peer, plain in zip(outputs, stored, ours, theirs, fallback):
+        # Where natural code overflows to NaN, the careful reference in float32 is the yardstick.
+        peer = peer if peer.largest == peer.largest else plain
+        floor = ULPS * torch.finfo(torch.float32).eps * mine.scale + TINY
+        if dtype != torch.float32:
+            floor += torch.finfo(dtype).eps / 2 * mine.scale
+        for measure in ("largest", "rms"):
+            allowed = (2 if single else 1) * getattr(peer, measure) + floor
+            if not getattr(mine, measure) <= allowed:
+                found.append(
+                    f"{name}: {measure} error {getattr(mine, measure):.2e} > allowed {allowed:.2e} "
+                    f"(eager {getattr(peer, measure):.2e}, magnitude {mine.scale:.2e})"
+                )
+    return found
