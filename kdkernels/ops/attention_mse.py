@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import LIBRARY, REDUCTION, define, forbid_double_backward
+from ._common import LIBRARY, ON, REDUCTION, define, forbid_double_backward, grad_in_forward
 from .attention_kl import saved_tensors
 
 _INPUTS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask"
@@ -16,7 +16,14 @@ define(f"attention_mse_backward(Tensor grad, {_INPUTS}, {_SAVED}, {_SCALARS}) ->
 @torch.library.register_fake("kdkernels::attention_mse", lib=LIBRARY)
 def _(q_s, k_s, q_t, k_t, mask, on, scale_s, scale_t, need_grad):
     loss = q_s.new_empty((), dtype=torch.float32)
-    return loss, *saved_tensors(q_s, k_s, REDUCTION["mean"], need_grad)
+    grad_q, grad_k, stats = saved_tensors(q_s, k_s, REDUCTION["mean"], need_grad)
+    if need_grad and not grad_in_forward(q_s.device, REDUCTION["mean"], need_grad):
+        batch, heads, tokens, d_s = q_s.shape
+        if on == ON["scores"]:  # the Gram matrices of the keys and of the queries
+            stats = q_s.new_empty((2, batch, heads, d_s + q_t.shape[3], d_s), dtype=torch.float64)
+        else:  # max and 1 / sum of both maps, and the row's sum in the derivative of the softmax
+            stats = q_s.new_empty((batch, heads, tokens, 5), dtype=torch.float32)
+    return loss, grad_q, grad_k, stats
 
 
 @torch.library.register_fake("kdkernels::attention_mse_backward", lib=LIBRARY)

@@ -1,0 +1,179 @@
+"""hidden_mse on CUDA: sum over layers of the mean of (student - teacher)^2 over real tokens x D, all like layers in one launch.
+
+Bound by memory: each state is read once forward and once backward, padded tokens not at all. A program owns a few whole rows of one
+layer, in registers, so that both normalisations need no second read:
+    l2          y = x / |x|                      dx = (dy - y sum(dy y)) / |x|
+    layer_norm  y = (x - mean) / std             dx = (dy - mean(dy) - y mean(dy y)) / std
+
+With a projection the products are cuBLAS's; the kernel adds the bias, and turns W s into its loss and into d loss / d (W s) in one
+read. The constant 2 / (real tokens x D) joins in backward, after the products, so that 16-bit ones do not underflow.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..ops._common import NORMALIZE
+from ._common import LAUNCH, finish, host_divisor, mean_divisor, register
+
+L2, LAYER_NORM = tl.constexpr(NORMALIZE["l2"]), tl.constexpr(NORMALIZE["layer_norm"])
+EPS = tl.constexpr(1e-12)
+
+
+def row_tiles(width: int) -> dict:
+    """Whole rows, about 4096 elements a program: 32 a thread of either state."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK_D": block, "BLOCK_R": max(1, 4096 // block), "num_warps": min(max(4, block // 1024), 32)}
+
+
+@triton.jit
+def _of_layer(pointers, layer):
+    """pointers[layer] for a layer known at run time."""
+    chosen = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        chosen = tl.where(layer == i, pointers[i], chosen)
+    return chosen
+
+
+@triton.jit
+def _normalize(x, inside, D: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Rows [R, D] -> (normalised rows, the factor [R, 1] that their derivative is multiplied by)."""
+    if NORMALIZE == L2:
+        norm = tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True)), EPS)
+        return tl.div_rn(x, tl.broadcast_to(norm, x.shape)), tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)
+    if NORMALIZE == LAYER_NORM:
+        x = tl.where(inside, x - tl.sum(x, 1, keep_dims=True) / D, 0.0)
+        deviation = tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
+        return tl.div_rn(x, tl.broadcast_to(deviation, x.shape)), tl.div_rn(tl.full(deviation.shape, 1.0, tl.float32), deviation)
+    return x, 1.0
+
+
+@triton.jit
+def _rows_kernel(
+    students, teachers, bias, mask, count, partial, grad, outs, strides_s, strides_t, ROWS, N, divisor: tl.int64,
+    D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Row losses into `partial` and gradients into `outs`, either of them optional.
+
+    The gradients are 2 grad / (real tokens x D) times the rows' own, or the rows' own alone where `grad` is None.
+    """
+    layer = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D)
+    keep = row < ROWS
+    if mask is not None:
+        keep = tl.load(mask + row, mask=keep, other=0) != 0
+    b, n = (row // N).to(tl.int64)[:, None], (row % N).to(tl.int64)[:, None]
+    inside = keep[:, None] & (column < D)[None, :]
+    wide = column[None, :].to(tl.int64)
+    student = _of_layer(students, layer) + b * strides_s[0] + n * strides_s[1] + wide * strides_s[2]
+    teacher = _of_layer(teachers, layer) + b * strides_t[0] + n * strides_t[1] + wide * strides_t[2]
+    x_s = tl.load(student, mask=inside, other=0.0).to(tl.float32)
+    x_t = tl.load(teacher, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        x_s = tl.where(inside, x_s + tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :], 0.0)
+    y_s, factor = _normalize(x_s, inside, D, NORMALIZE)
+    y_t, _ = _normalize(x_t, inside, D, NORMALIZE)
+    difference = y_s - y_t
+    if partial is not None:
+        tl.store(partial + layer * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(difference * difference, 1), 0))
+    if outs is not None:
+        slope = difference
+        if NORMALIZE == L2:
+            slope = (slope - y_s * tl.sum(slope * y_s, 1, keep_dims=True)) * factor
+        if NORMALIZE == LAYER_NORM:
+            mean = tl.sum(slope, 1, keep_dims=True) / D
+            slope = (slope - mean - y_s * (tl.sum(slope * y_s, 1, keep_dims=True) / D)) * factor
+        if grad is not None:
+            slope *= 2.0 * tl.load(grad).to(tl.float32) / mean_divisor(count, 1, divisor, 1).to(tl.float32)
+        out = _of_layer(outs, layer)
+        address = out + row.to(tl.int64)[:, None] * D + wide
+        value = tl.where(inside, slope, 0.0).to(out.dtype.element_ty)
+        tl.store(address, value, mask=(row < ROWS)[:, None] & (column < D)[None, :])
+
+
+def _launch(students, teachers, mask, count, normalize, *, bias=None, loss=False, grad=None, outs=None):
+    """One launch over layers that are alike; `loss` asks for the float32 scalar."""
+    batch, tokens, width = teachers[0].shape
+    rows, sizes = batch * tokens, row_tiles(width)
+    blocks = triton.cdiv(rows, sizes["BLOCK_R"])
+    partial = teachers[0].new_empty(len(students) * blocks, dtype=torch.float32) if loss else None
+    divisor = host_divisor(mask, width, batch, tokens, 1)
+    _rows_kernel[(blocks, len(students))](
+        tuple(students), tuple(teachers), bias, mask, count, partial, grad, outs, students[0].stride(), teachers[0].stride(),
+        rows, tokens, divisor, D=width, NORMALIZE=normalize, **sizes, **LAUNCH,
+    )  # fmt: skip
+    return finish(partial, count, divisor, 1) if loss else None
+
+
+def _real_tokens(mask):
+    return None if mask is None else mask.sum().view(1)
+
+
+def _alike(student, teacher) -> list[list[int]]:
+    """Layers grouped by what one launch must share: shapes, strides and dtypes. Most models have one group."""
+    groups = {}
+    for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        groups.setdefault((s.dtype, s.shape, s.stride(), t.dtype, t.shape, t.stride()), []).append(layer)
+    return list(groups.values())
+
+
+def _product(a, b):
+    """a @ b [rows, columns] with float32 sums and result, operands in the wider of their dtypes."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    if dtype == torch.float32 or not a.is_cuda:  # not on CUDA: interpreted
+        return torch.mm(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def hidden_mse(student, teacher, mask, weight, bias, normalize, need_grad):
+    count = _real_tokens(mask)
+    if weight:
+        return _projected(student, teacher, mask, count, weight, bias, normalize, need_grad)
+    losses = [
+        _launch([student[i] for i in group], [teacher[i] for i in group], mask, count, normalize, loss=True)
+        for group in _alike(student, teacher)
+    ]
+    return sum(losses[1:], losses[0]), []
+
+
+def _projected(student, teacher, mask, count, weight, bias, normalize, need_grad):
+    """saved: what d_student..., d_weight..., d_bias... are without 2 grad / (real tokens x D), float32."""
+    losses, d_student = [], []
+    d_weight = [torch.zeros_like(w, dtype=torch.float32, memory_format=torch.contiguous_format) for w in weight if need_grad]
+    d_bias = [torch.zeros_like(b, dtype=torch.float32, memory_format=torch.contiguous_format) for b in bias if need_grad]
+    for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        own = layer if len(weight) > 1 else 0
+        w, b = weight[own], bias[own].contiguous() if bias else None
+        if mask is not None:
+            s = torch.where(mask[:, :, None], s, 0)  # NaN padding would spread through the product for d_weight
+        flat = s.reshape(-1, s.shape[2])
+        projected = _product(flat, w.t()).view(t.shape)
+        slope = torch.empty_like(projected, dtype=torch.promote_types(s.dtype, w.dtype)) if need_grad else None
+        outs = (slope,) if need_grad else None
+        losses.append(_launch([projected], [t], mask, count, normalize, bias=b, loss=True, outs=outs))
+        if need_grad:
+            slope = slope.view(-1, t.shape[2])
+            d_student.append(_product(slope, w).view(s.shape))
+            d_weight[own] += _product(slope.t(), flat)
+            if bias:
+                d_bias[own] += slope.sum(0, dtype=torch.float32)
+    return sum(losses[1:], losses[0]), [*d_student, *d_weight, *d_bias]
+
+
+def hidden_mse_backward(grad, student, teacher, mask, weight, bias, saved, normalize):
+    count = _real_tokens(mask)
+    if weight:
+        batch, tokens, width = teacher[0].shape
+        scale = grad * 2 / (max(batch * tokens, 1) * width if mask is None else count.clamp_min(1) * width)
+        return [(kept * scale).to(x.dtype) for kept, x in zip(saved, (*student, *weight, *bias), strict=True)]
+    grads = [x.new_empty(x.shape) for x in student]
+    for group in _alike(student, teacher):
+        pick = [[x[i] for i in group] for x in (student, teacher, grads)]
+        _launch(*pick[:2], mask, count, normalize, grad=grad, outs=tuple(pick[2]))
+    return grads
+
+
+register("hidden_mse", hidden_mse)
+register("hidden_mse_backward", hidden_mse_backward)
