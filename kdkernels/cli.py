@@ -5,7 +5,6 @@ when they run, so `--help` is quick.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -82,18 +81,13 @@ def _demo(arguments, _rest) -> int:
 
 
 def _distill(arguments, _rest) -> int:
-    from accelerate import PartialState
+    import torch
 
     from .distill.config import load_config, student_of
     from .distill.run import run
 
     _quiet()
-    job, state = load_config(arguments.config), PartialState()
-    if arguments.fresh and state.is_main_process:
-        remove_run(job.output)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        print(job.recipe.objective(), flush=True)
+    job = load_config(arguments.config)
     run(
         job.recipe,
         job.stages,
@@ -102,19 +96,11 @@ def _distill(arguments, _rest) -> int:
         student=student_of(job),
         seed=job.seed,
         identity=job.identity,
+        fresh=arguments.fresh,
     )
-    if state.is_main_process:
-        print(f"student: {job.output / 'student'}")
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
-
-
-def remove_run(output: Path) -> None:
-    """Deletes what a run wrote, and nothing else that may lie in the folder."""
-    for path in [*output.glob("stage-*"), output / "student", output / "student.unfinished"]:
-        shutil.rmtree(path, ignore_errors=True)
-    (output / "run.json").unlink(missing_ok=True)
 
 
 def _quantize(_arguments, _rest) -> int:

@@ -11,10 +11,12 @@ state, optimiser, projections and stage are all restored or recomputed from the 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import (
     AutoModel,
@@ -38,7 +40,7 @@ from .trainer import DistillTrainer
 OWN_ARGUMENTS = ("output_dir", "seed", "data_seed", "per_device_train_batch_size", "num_train_epochs", "max_steps",
                  "train_sampling_strategy", "remove_unused_columns", "resume_from_checkpoint", "report_to")  # fmt: skip
 TRAINING_ARGUMENTS = {f.name: f for f in fields(TrainingArguments) if f.init and f.name not in OWN_ARGUMENTS}
-_DEFAULTS = {"logging_steps": 10, "save_steps": 100, "save_total_limit": 2, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
+_DEFAULTS = {"disable_tqdm": False, "logging_steps": 10, "save_steps": 100, "save_total_limit": 2, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
 
 
 @dataclass
@@ -83,13 +85,22 @@ def run(
     seed: int = 0,
     identity: dict | None = None,
     callbacks: Sequence = (),
+    fresh: bool = False,
 ) -> PreTrainedModel:
     """Runs every stage that is not finished yet and returns the student, also written to output/student.
 
-    student: a function that makes the untrained student; default: the recipe's surgery on the last stage's teacher. identity: what
+    Under torchrun every process calls this. fresh: delete what an earlier run left in `output` first. student: a function that makes the untrained student; default: the recipe's surgery on the last stage's teacher. identity: what
     must not change between a run and its continuation.
     """
-    output, state = Path(output), PartialState()
+    output = Path(output)
+    # Said once and for all stages: TrainingArguments and accelerate do not find gloo by themselves where there is no accelerator.
+    use_cpu = not torch.accelerator.is_available() or any(plan.training.get("use_cpu") for plan in stages)
+    state = PartialState(cpu=use_cpu)
+    if state.is_main_process:
+        if fresh:
+            _remove(output)
+        print(recipe.objective(), flush=True)
+    state.wait_for_everyone()
     _same_run(output, identity or {}, state)
     tokenizer = load_tokenizer(tokenizer)
     exports = [output / f"stage-{n}-{s.name}" / "student" for n, s in enumerate(recipe.stages[:-1], 1)] + [output / "student"]
@@ -104,7 +115,7 @@ def run(
             # The last stage's teacher, because its head is the task's.
             model = student() if student else recipe.student(load(stages[-1].teachers[0], recipe.head))
         folder = output / f"stage-{number}-{stage.name}"
-        trainer = _trainer(recipe, stage, plan, model, tokenizer, folder, seed, callbacks)
+        trainer = _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callbacks)
         checkpoint = latest(folder)
         if state.is_main_process:
             where = f"from {checkpoint.name}" if checkpoint else "from the start"
@@ -114,11 +125,13 @@ def run(
             write_text(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
             export(trainer.student, tokenizer, exports[number - 1])
         state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"student: {exports[-1]}", flush=True)
     return load(str(exports[-1]), recipe.head, "student")
 
 
-def _trainer(recipe, stage, plan, model, tokenizer, folder, seed, callbacks) -> DistillTrainer:
-    settings = _DEFAULTS | stage.training | plan.training
+def _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callbacks) -> DistillTrainer:
+    settings = _DEFAULTS | stage.training | plan.training | {"use_cpu": use_cpu}
     epochs = settings.pop("epochs", 1.0)
     epochs = plan.epochs if plan.epochs is not None else epochs
     accumulation, processes = settings.get("gradient_accumulation_steps", 1), PartialState().num_processes
@@ -190,6 +203,13 @@ def _same_run(output: Path, identity: dict, state: PartialState) -> None:
     state.wait_for_everyone()
     if state.is_main_process and not record.is_file():
         write_text(record, text)
+
+
+def _remove(output: Path) -> None:
+    """Deletes what a run writes, and nothing else that may lie in the folder."""
+    for path in [*output.glob("stage-*"), output / "student", output / "student.unfinished"]:
+        shutil.rmtree(path, ignore_errors=True)
+    (output / "run.json").unlink(missing_ok=True)
 
 
 class Progress(ProgressCallback):

@@ -100,7 +100,9 @@ class DistillTrainer(Trainer):
         )
         if training:
             parts = outputs["parts"].detach()
-            self._parts = parts if self._parts is None else self._parts + parts
+            if self._parts is None:
+                self._parts, self._parts_since = torch.zeros_like(parts), self.state.global_step
+            self._parts += parts
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -136,7 +138,7 @@ class DistillTrainer(Trainer):
             steps = max(self.state.global_step - self._parts_since, 1)
             parts = self.accelerator.reduce(self._parts, "mean") / steps
             logs |= {f"loss_{i}_{match.op}": part for i, (match, part) in enumerate(zip(self.stage.matches, parts.tolist(), strict=True))}
-            self._parts, self._parts_since = None, self.state.global_step
+            self._parts = None
         super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
