@@ -3,6 +3,7 @@
 #include <cstdint>
 #if defined(__AVX2__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own _mm512_undefined_ps (bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #endif
 
@@ -15,13 +16,17 @@ namespace kd::cpu::KD_ISA {
 namespace {
 #include "vec.h"
 #include "kd_loss.inl"
+#include "gemm.inl"
+#include "attention.inl"
 }  // namespace
 
 const Table table = {
-    KD_STRING(KD_ISA),
-    kd_loss_forward,
-    kd_loss_backward,
-    nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+    .isa = KD_STRING(KD_ISA),
+    .kd_loss_forward = kd_loss_forward,
+    .kd_loss_backward = kd_loss_backward,
+    .attention_scratch = attention_scratch,
+    .attention_maps = attention_maps,
+    .scaled_copy = scaled_copy,
 };
 
 }  // namespace kd::cpu::KD_ISA

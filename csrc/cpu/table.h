@@ -22,6 +22,9 @@ struct Table {
   void (*attention_maps)(const Attention&, int64_t item, float* scratch);    // KL, or MSE of probabilities
   void (*attention_scores)(const Attention&, int64_t item, float* scratch);  // MSE of scores
 
+  // out[first, first + n) = a * x[first, first + n): how backward applies the upstream gradient to a gradient of forward.
+  void (*scaled_copy)(const float* x, float a, void* out, DType dtype, int64_t first, int64_t n);
+
   // One item = one block of tokens of one layer.
   int64_t (*hidden_scratch)(const HiddenMse&);
   void (*hidden_forward)(const HiddenMse&, int64_t item, float* scratch);

@@ -99,16 +99,21 @@ inline vf exp2m1_poly(vf f) {
   return p * f;
 }
 
+// The generic round_even is exact for |x| < 2^22 only.
+inline vf bounded_exponent(vf x) { return W == 4 ? vmax(set1(-2e6f), x) : x; }
+
 // 2^(x * scale) for x * scale <= 0, to about 1 ulp: the product is never rounded before its integer part is taken off, so a scale
 // of log2(e) / T costs no accuracy. exp2_scaled(0) is 1 to the bit.
 inline vf exp2_scaled(vf x, vf scale) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  const vf n = round_even(x * scale);
-#else
-  const vf n = round_even(vmax(set1(-2e6f), x * scale));
-#endif
+  const vf n = round_even(bounded_exponent(x * scale));
   const vf f = fma(x, scale, -n);
   return scale_pow2(exp2m1_poly(f) + 1.0f, n);
+}
+
+// 2^x for x <= 0, to about 1 ulp; exp2(0) is 1 to the bit.
+inline vf exp2(vf x) {
+  const vf n = round_even(bounded_exponent(x));
+  return scale_pow2(exp2m1_poly(x - n) + 1.0f, n);
 }
 
 constexpr float kLog2E = 1.44269504f;
@@ -302,4 +307,14 @@ inline void from_floats(const float* x, int64_t n, void* data, DType dtype, int6
   const bool bf16 = dtype == DType::kBF16;
   for (; i + W <= n; i += W) bf16 ? store_bf16(p + i, load(x + i)) : store_f16(p + i, load(x + i));
   for (; i < n; ++i) p[i] = bf16 ? f32_to_bf16(x[i]) : f32_to_f16(x[i]);
+}
+
+// out[first, first + n) = a * x[first, first + n), contiguous.
+void scaled_copy(const float* x, float a, void* out, DType dtype, int64_t first, int64_t n) {
+  float lanes[W];
+  for (int64_t i = first; i < first + n; i += W) {
+    const int64_t left = first + n - i < W ? first + n - i : W;
+    store(lanes, load_n(x + i, left, 0.0f) * a);
+    from_floats(lanes, left, out, dtype, i);
+  }
 }

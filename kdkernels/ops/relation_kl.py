@@ -18,9 +18,8 @@ def _(student, teacher, mask, num_heads, reduction, need_grad):
     loss = student.new_empty(loss_shape(reduction, (batch, num_heads, tokens)), dtype=torch.float32)
     kept = grad_in_forward(student.device, reduction, need_grad)
     grad = student.new_empty(student.shape if kept else 0, dtype=torch.float32)
-    stats = student.new_empty(
-        (batch, num_heads, tokens, 4) if need_grad and not kept else 0, dtype=torch.float32
-    )
+    recompute = need_grad and not kept and student.device.type != "cpu"
+    stats = student.new_empty((batch, num_heads, tokens, 4) if recompute else 0, dtype=torch.float32)
     return loss, grad, stats
 
 
