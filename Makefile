@@ -14,11 +14,11 @@ INSTALLED := $(VENV)/.installed
 $(INSTALLED): requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 build: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 test: build
 	$(BIN)/python -m pytest
@@ -37,7 +37,7 @@ lint: $(INSTALLED)
 # libasan must be there before Python starts; leaks are not looked for, since Python and torch keep memory until exit.
 ASAN := $(CURDIR)/build/asan
 asan: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" KDKERNELS_BUILD_VARIANT=asan KDKERNELS_CMAKE_ARGS="-DKDKERNELS_SANITIZE=address,undefined -DKDKERNELS_CUDA=OFF" \
+	KDKERNELS_BUILD_VARIANT=asan KDKERNELS_CMAKE_ARGS="-DKDKERNELS_SANITIZE=address,undefined -DKDKERNELS_CUDA=OFF" \
 	  $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(ASAN) $(BIN)/pytest -o pythonpath=python_tests --import-mode=importlib -m "not slow" python_tests/test_values.py

@@ -1,13 +1,14 @@
 """A thin shim over CMakeLists.txt, so that `pip install`, `pip install -e` and `pip wheel` build the native libraries.
 
-`python setup.py build_ext --inplace` rebuilds what changed. KDKERNELS_CMAKE_ARGS goes to CMake ("-DKDKERNELS_CUDA=OFF");
-KDKERNELS_BUILD_VARIANT names a build folder of its own for such a configuration.
+`python setup.py build_ext --inplace` rebuilds what changed. KDKERNELS_CMAKE_ARGS ("-DKDKERNELS_CUDA=OFF") goes to CMake,
+KDKERNELS_BUILD_VARIANT names a build folder of its own for it.
 """
 
 import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,7 +18,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 def run(*command):
-    if subprocess.run(command).returncode != 0:
+    scripts = sysconfig.get_path("scripts")  # the cmake and ninja of this very environment come first
+    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
+    if subprocess.run(command, env=environment).returncode != 0:
         sys.exit("the native build failed: " + " ".join(map(str, command)))  # the compiler has said why
 
 

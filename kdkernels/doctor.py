@@ -1,6 +1,6 @@
 """`kdkernels doctor`: what this installation has, which implementation each op uses and why, and whether it works.
 
-Each op family runs once on a small input, forward and backward, and is compared with the reference; exit status 1 if one
+Each op family runs once on a small input, forward and backward, beside its reference; the exit status is 1 if one
 is wrong.
 """
 
