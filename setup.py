@@ -1,6 +1,6 @@
 """A thin shim over CMakeLists.txt, so that `pip install`, `pip install -e` and `pip wheel` build the native libraries.
 
-`python setup.py build_ext --inplace` rebuilds what changed. KDKERNELS_CMAKE_ARGS ("-DKDKERNELS_CUDA=OFF") goes to CMake,
+`python setup.py build_ext --inplace` rebuilds what changed. KDKERNELS_CMAKE_ARGS goes to CMake: "-DKDKERNELS_CUDA=OFF";
 KDKERNELS_BUILD_VARIANT names a build folder of its own for it.
 """
 
