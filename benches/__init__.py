@@ -3,4 +3,4 @@
 import os
 
 # torch's profiler, which counts memory, announces each start on stderr otherwise; it reads this before torch is imported.
-os.environ.setdefault("KINETO_LOG_LEVEL", "3")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
