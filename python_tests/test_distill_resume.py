@@ -93,8 +93,8 @@ def environment() -> dict:
 
 @pytest.mark.parametrize(
     ("where", "when"),
-    [("step", 7), ("write", 7), ("rename", 2), ("step", 19)],
-    ids=["in stage 1", "in a half-written checkpoint", "after a rename", "in stage 2"],
+    [("write", 7), ("rename", 2), ("step", 17)],
+    ids=["in a half-written checkpoint", "after a rename", "in stage 2"],
 )
 def test_killed_and_started_again_ends_with_the_same_numbers(folder, unbroken, where, when):
     output = f"killed-{where}-{when}"
@@ -140,29 +140,26 @@ def test_projections_are_trained_and_checkpointed_with_their_stage(folder, unbro
     assert not torch.equal(early["projections.fit.weight"], late["projections.fit.weight"])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_give_the_single_process_result(folder, accumulation):
-    """Texts of uneven length: a mean of the processes' means would be another loss.
+def test_two_processes_give_the_single_process_result(folder):
+    """Texts of uneven length, two steps of accumulation: a mean of the parts' means would be another loss.
 
     Adam divides rounding noise by itself where a gradient is 0 in exact arithmetic (key biases under a softmax): a larger epsilon
     keeps that out of the comparison.
     """
-    teacher = folder / "teacher-no-dropout"
-    if not teacher.exists():
-        tiny.save_teacher(teacher)
+    teacher = tiny.save_teacher(folder / "teacher-no-dropout")
     training = {"save_steps": 100, "logging_steps": 1, "use_cpu": True, "learning_rate": 1e-3, "adam_epsilon": 1e-4}
     shared = {"teacher": str(teacher), "epochs": 1}
-    one = write_config(folder, f"one-{accumulation}", **shared, training=training)
-    two = write_config(folder, f"two-{accumulation}", **shared, training=training | {"gradient_accumulation_steps": accumulation})
+    one = write_config(folder, "one", **shared, training=training)
+    two = write_config(folder, "two", **shared, training=training | {"gradient_accumulation_steps": 2})
     assert main(["distill", str(one)]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29511 + accumulation)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
     ran = subprocess.run(
         [*torchrun, "-m", "kdkernels", "distill", str(two)], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    expected, got = (load_file(path.with_suffix("") / "student" / "model.safetensors") for path in (one, two))
+    expected, got = (load_file(folder / output / "student" / "model.safetensors") for output in ("one", "two"))
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
-    for stage, lines in losses(one.with_suffix("")).items():
-        for before, after in zip(lines, losses(two.with_suffix(""))[stage], strict=True):
+    for stage, lines in losses(folder / "one").items():
+        for before, after in zip(lines, losses(folder / "two")[stage], strict=True):
             assert after == pytest.approx(before, rel=1e-4), stage

@@ -6,6 +6,7 @@ match returns mean x (units here / units in the global batch), and those terms s
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,18 @@ from .schedules import Number, at
 from .taps import Tapped, parse
 
 UNITS = ("sequences", "tokens", "pairs", "labels")
+_losses = functional
+
+
+@contextmanager
+def losses_from(module):
+    """Computes matches with another module's losses inside, such as `kdkernels.reference`: how the demo times eager losses."""
+    global _losses
+    before, _losses = _losses, module
+    try:
+        yield
+    finally:
+        _losses = before
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ def _kd_loss(pairs, mask, batch, options, projection, labelled_only):
             # Soft and hard term over the same rows, so that one unit serves both.
             rows, unit = _labelled(batch["labels"], mask), "labels"
             labels = batch["labels"] if with_labels else None
-        total = total + functional.kd_loss(student, teacher, mask=rows, labels=labels, **options)
+        total = total + _losses.kd_loss(student, teacher, mask=rows, labels=labels, **options)
     return total, unit
 
 
@@ -152,7 +165,7 @@ def _hidden_mse(pairs, mask, batch, options, projection, labelled_only):
     if not by_token:  # one vector a sequence, such as cls or embedding
         pairs, mask = [(s.unsqueeze(1), t.unsqueeze(1)) for s, t in pairs], None
     weight, bias = (None, None) if projection is None else (projection.weight, projection.bias)
-    value = functional.hidden_mse(*map(list, zip(*pairs, strict=True)), mask, weight=weight, bias=bias, **options)
+    value = _losses.hidden_mse(*map(list, zip(*pairs, strict=True)), mask, weight=weight, bias=bias, **options)
     return value, "labels" if labelled_only and by_token else "tokens" if by_token else "sequences"
 
 
@@ -160,13 +173,13 @@ def _relation_kl(pairs, mask, batch, options, projection, labelled_only):
     total = 0.0
     for student, teacher in pairs:
         for s, t in zip(*(x if isinstance(x, tuple) else (x,) for x in (student, teacher)), strict=True):
-            total = total + functional.relation_kl(_merge_heads(s), _merge_heads(t), mask, **options)
+            total = total + _losses.relation_kl(_merge_heads(s), _merge_heads(t), mask, **options)
     return total, "tokens"
 
 
-def _attention(function, unit):
+def _attention(name, unit):
     def run(pairs, mask, batch, options, projection, labelled_only):
-        return sum(function(*student, *teacher, mask, **options) for student, teacher in pairs), unit
+        return sum(getattr(_losses, name)(*student, *teacher, mask, **options) for student, teacher in pairs), unit
 
     return run
 
@@ -188,6 +201,6 @@ OPS = {
     "kd_loss": Op(_kd_loss, "T^2 KL(softmax(t/T) || softmax(s/T)), mean over rows; with labels alpha soft + (1 - alpha) CE(s, y)"),
     "hidden_mse": Op(_hidden_mse, "sum over layers of mean((W s + b - t)^2) over real tokens x width"),
     "relation_kl": Op(_relation_kl, "sum over taps of KL(softmax(t t^T/sqrt d) || softmax(s s^T/sqrt d)), mean over real rows"),
-    "attention_kl": Op(_attention(functional.attention_kl, "tokens"), "KL of teacher to student attention map, mean over real rows"),
-    "attention_mse": Op(_attention(functional.attention_mse, "pairs"), "mean over real pairs of the squared difference of attention scores"),
+    "attention_kl": Op(_attention("attention_kl", "tokens"), "KL of teacher to student attention map, mean over real rows"),
+    "attention_mse": Op(_attention("attention_mse", "pairs"), "mean over real pairs of the squared difference of attention scores"),
 }
