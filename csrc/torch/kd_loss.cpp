@@ -1,13 +1,8 @@
 // kd_loss for CPU tensors: tensors to kd::KdLoss, rows to threads, row losses to the reduction asked for.
-#include "common.h"
+#include "kd_loss.h"
 
 namespace kd {
 namespace {
-
-LogitsView logits_view(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3, name, " must be [outer, inner, classes]");
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), dtype_of(x, name)};
-}
 
 // How many rows each term is reduced over.
 struct Counts {
@@ -31,41 +26,10 @@ cpu::KdWeights weights_of(const KdLoss& op) {
   return {soft, op.labels ? (1 - op.alpha) * (mean ? one_over(counts.labelled) : 1) : 0};
 }
 
-KdLoss describe(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
-                const std::optional<Tensor>& labels, const std::optional<Tensor>& row_temperature, int64_t kind,
-                double temperature, bool scale_t2, double beta, double alpha, int64_t ignore_index, int64_t reduction) {
-  KdLoss op{};
-  op.student = logits_view(student, "student");
-  op.teacher = logits_view(teacher, "teacher");
-  op.outer = student.size(0);
-  op.inner = student.size(1);
-  op.classes = student.size(2);
-  const int64_t rows = op.outer * op.inner;
-  STD_TORCH_CHECK(teacher.size(0) == op.outer && teacher.size(1) == op.inner && teacher.size(2) == op.classes,
-                  "teacher must have the student's shape");
-  op.mask = mask_of(mask, rows);
-  if (labels) {
-    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long && labels->is_contiguous() && labels->numel() == rows,
-                    "labels must be contiguous int64 with one value per row");
-    op.labels = static_cast<const int64_t*>(labels->const_data_ptr());
-    for (int64_t r = 0; r < rows; ++r)
-      STD_TORCH_CHECK((op.mask && !op.mask[r]) || op.labels[r] == ignore_index || (op.labels[r] >= 0 && op.labels[r] < op.classes),
-                      "labels must be in [0, ", op.classes, ") or ignore_index = ", ignore_index, ", got ", op.labels[r]);
-  }
-  if (row_temperature) {
-    STD_TORCH_CHECK(row_temperature->scalar_type() == ScalarType::Float && row_temperature->is_contiguous() &&
-                        row_temperature->numel() == rows,
-                    "row_temperature must be contiguous float32 with one value per row");
-    op.row_temperature = static_cast<const float*>(row_temperature->const_data_ptr());
-  }
-  op.temperature = static_cast<float>(temperature);
-  op.beta = static_cast<float>(beta);
-  op.alpha = static_cast<float>(alpha);
-  op.scale_t2 = scale_t2;
-  op.ignore_index = ignore_index;
-  op.kind = static_cast<Kind>(kind);
-  op.reduction = static_cast<Reduction>(reduction);
-  return op;
+void check_labels(const KdLoss& op) {
+  for (int64_t r = 0; op.labels && r < op.outer * op.inner; ++r)
+    STD_TORCH_CHECK((op.mask && !op.mask[r]) || op.labels[r] == op.ignore_index || (op.labels[r] >= 0 && op.labels[r] < op.classes),
+                    "labels must be in [0, ", op.classes, ") or ignore_index = ", op.ignore_index, ", got ", op.labels[r]);
 }
 
 std::tuple<Tensor, Tensor> kd_loss(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
@@ -74,6 +38,7 @@ std::tuple<Tensor, Tensor> kd_loss(const Tensor& student, const Tensor& teacher,
                                    int64_t reduction) {
   KdLoss op = describe(student, teacher, mask, labels, row_temperature, kind, temperature, scale_t2, beta, alpha, ignore_index,
                        reduction);
+  check_labels(op);
   const int64_t rows = op.outer * op.inner, per_item = cpu::kd_rows_per_item(op);
   Tensor stats = new_tensor(student, {rows, static_cast<int64_t>(kKdStats)}, ScalarType::Float);
   op.stats = static_cast<float*>(stats.mutable_data_ptr());
@@ -108,16 +73,9 @@ Tensor kd_loss_backward(const Tensor& grad, const Tensor& student, const Tensor&
                         int64_t reduction) {
   KdLoss op = describe(student, teacher, mask, labels, row_temperature, kind, temperature, scale_t2, beta, alpha, ignore_index,
                        reduction);
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.dim() == (op.reduction == kNone ? 2 : 0),
-                  "grad must be float32 with the shape of the loss");
+  check_labels(op);
+  describe_backward(op, grad, stats, student);
   const int64_t rows = op.outer * op.inner, per_item = cpu::kd_rows_per_item(op);
-  STD_TORCH_CHECK(stats.is_contiguous() && stats.numel() == rows * kKdStats, "stats must come from kd_loss");
-  op.stats = static_cast<float*>(stats.mutable_data_ptr());
-  op.grad_loss = static_cast<const float*>(grad.const_data_ptr());
-  if (op.reduction == kNone) {
-    op.grad_stride_outer = grad.stride(0);
-    op.grad_stride_inner = grad.stride(1);
-  }
   Tensor grad_student = new_tensor(student, {op.outer, op.inner, op.classes}, student.scalar_type());
   op.grad_student = grad_student.mutable_data_ptr();
   const cpu::KdWeights weights = weights_of(op);
