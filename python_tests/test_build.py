@@ -1,6 +1,7 @@
-"""The build as its users meet it: a wheel in an empty environment, the facts that it tells, and ceilings that can be believed."""
+"""The build as its users meet it: a wheel in an empty environment, the facts it tells, ISAs by force, raw kernels."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -35,10 +36,8 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_the_package_and_names_its_python(wheel):
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    assert (
-        wheel.name == f"kdkernels-{kdkernels.__version__}-{python}-{python}-{platform}.whl"
-    )  # _native binds to this Python
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"  # _native binds to this Python
+    assert wheel.name == f"kdkernels-{kdkernels.__version__}-{python}-{python}-{platform}.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert "kdkernels/libkdkernels_cpu.so" in names
     assert "kdkernels/" + Path(_native.__file__).name in names
@@ -72,10 +71,13 @@ def test_build_facts():
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "sse9"])
 def test_isa_can_be_forced_or_fails_with_one_clear_error(isa):
-    code = "import torch, kdkernels; x = torch.ones(1, 2); kdkernels.functional.kd_loss(x, x); print(kdkernels._native.isa())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "", "KDKERNELS_CPU_ISA": isa}
-    )
+    code = """
+import torch, kdkernels, kdkernels._native as native
+kdkernels.functional.kd_loss(torch.ones(1, 2), torch.ones(1, 2))
+print(native.isa())
+"""
+    environment = {**os.environ, "KDKERNELS_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if _native.isas().get(isa):
         assert done.stdout.split() == [isa]
     else:
