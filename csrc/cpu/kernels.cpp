@@ -18,6 +18,7 @@ namespace {
 #include "kd_loss.inl"
 #include "gemm.inl"
 #include "attention.inl"
+#include "hidden_mse.inl"
 }  // namespace
 
 const Table table = {
@@ -27,6 +28,8 @@ const Table table = {
     .attention_scratch = attention_scratch,
     .attention_maps = attention_maps,
     .scaled_copy = scaled_copy,
+    .hidden_forward = hidden_forward,
+    .hidden_backward = hidden_backward,
 };
 
 }  // namespace kd::cpu::KD_ISA

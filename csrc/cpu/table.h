@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "../ops/attention.h"
-#include "../ops/hidden_mse.h"
+#include "hidden_mse.h"
 #include "kd_loss.h"
 
 namespace kd::cpu {
@@ -25,8 +25,7 @@ struct Table {
   // out[first, first + n) = a * x[first, first + n): how backward applies the upstream gradient to a gradient of forward.
   void (*scaled_copy)(const float* x, float a, void* out, DType dtype, int64_t first, int64_t n);
 
-  // One item = one block of tokens of one layer.
-  int64_t (*hidden_scratch)(const HiddenMse&);
+  // Without a projection. One item = hidden_tokens_per_item() tokens of one layer.
   void (*hidden_forward)(const HiddenMse&, int64_t item, float* scratch);
   void (*hidden_backward)(const HiddenMse&, int64_t item, float* scratch);
 };

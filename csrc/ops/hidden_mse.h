@@ -17,9 +17,10 @@ enum Normalize : int32_t { kNoNormalize = 0, kL2 = 1, kLayerNorm = 2 };
 
 struct HiddenLayer {
   StatesView student, teacher;
-  int64_t features;        // of the teacher, and of the student where there is no projection
-  float grad_weight;       // d(loss) / d(sum of squares) for an upstream gradient of 1
-  void* grad_student;      // contiguous [batch, tokens, features], of the student's dtype; null: not wanted
+  int64_t features;    // of both
+  int64_t first_item;  // work items are blocks of tokens, those of layer 0 first
+  float grad_weight;   // d(loss) / d(sum of squares) for an upstream gradient of 1
+  void* grad_student;  // backward: contiguous [batch, tokens, features], of the student's dtype
 };
 
 struct HiddenMse {
@@ -27,8 +28,8 @@ struct HiddenMse {
   int64_t num_layers, batch, tokens;
   const bool* mask;  // [batch, tokens] or null: all real
   Normalize normalize;
-  const float* grad_loss;  // backward: the upstream gradient
-  double* partial;         // forward: [num_layers, blocks] sums of squares
+  double* partial;        // forward: one sum of squares per item
+  const float* upstream;  // backward: the upstream gradient
 };
 
 }  // namespace kd
