@@ -51,7 +51,8 @@ def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, 
             value = float(value)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
-    if not math.isfinite(value) or not low <= value <= high or (above is not None and value <= above):
+    # Comparisons, which are false for NaN, and no math.isfinite: torch.compile traces them for a symbolic number too.
+    if not (-math.inf < value < math.inf and low <= value <= high) or (above is not None and value <= above):
         accepted = f"> {above}" if above is not None else f"in [{low}, {high}]" if high < math.inf else "finite"
         raise ValueError(f"{name} must be a finite number {accepted}, got {value}".replace("number finite", "number"))
     return float(value)
