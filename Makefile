@@ -1,7 +1,7 @@
 # The commands to remember. Each does everything from a fresh clone: creates .venv, installs the pinned packages, builds, runs.
 #   make demo    distil a real teacher into a smaller student and show what it kept
 #   make test    all tests            make asan   the kernels' tests under the address and undefined sanitizers
-#   make bench   measure              make lint   style of Python and C++
+#   make bench   measure              make lint   style
 #   make build   stop before running anything
 PYTHON ?= python3
 VENV := .venv
@@ -33,14 +33,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The package is built once more, whole, into build/asan, with every C++ file instrumented; the tests run on that copy.
-# libasan must be there before Python starts; leaks are not looked for, since Python and torch keep memory until exit.
+# The package is built once more, whole, into build/asan, with every C++ file instrumented, and each ISA computes the cases of
+# the table on that copy. libasan must be there before Python starts; leaks are not looked for, since Python and torch keep
+# memory until they exit. One float32 and one bfloat16 run of each case walk through every load and store.
 ASAN := $(CURDIR)/build/asan
 asan: $(INSTALLED)
 	KDKERNELS_BUILD_VARIANT=asan KDKERNELS_CMAKE_ARGS="-DKDKERNELS_SANITIZE=address,undefined -DKDKERNELS_CUDA=OFF" \
 	  $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(ASAN) $(BIN)/pytest -o pythonpath=python_tests --import-mode=importlib -m "not slow" python_tests/test_values.py
+	for isa in $$($(BIN)/python -c "import kdkernels._native as n; print(*[isa for isa, runs in n.isas().items() if runs])"); do \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(ASAN):$(CURDIR) KDKERNELS_CPU_ISA=$$isa $(BIN)/pytest -q -o pythonpath= --import-mode=importlib \
+	    python_tests/test_sanitizer.py || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache kdkernels/*.so
