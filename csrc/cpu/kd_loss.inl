@@ -87,7 +87,12 @@ inline void kd_accumulate(KdSums& sums, const float* s, const float* t, int64_t 
     if (kEntropy) own += weigh(et, dt);
     if (kHard) z_hard += exp2_scaled(ds, log2e);
   };
-  for (i = 0; i + W <= n; i += W) add(load(s + i), load(t + i));
+  for (i = 0; i + W <= n; i += W) {
+    // The next chunk arrives while this one is computed (512 x 30522: see the commit).
+    __builtin_prefetch(s + i + kKdChunk);
+    __builtin_prefetch(t + i + kKdChunk);
+    add(load(s + i), load(t + i));
+  }
   if (i < n) add(load_n(s + i, n - i, -__builtin_inff()), load_n(t + i, n - i, -__builtin_inff()));
   sums.s.z += sum(z_s);
   sums.t.z += sum(z_t);
@@ -240,7 +245,11 @@ inline void kd_gradient(const KdSweep& k, float aux, float coef, float hard_coef
     return kHard ? fma(exp2_scaled(xs - k.max_s, log2e), vhard, y) : y;
   };
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(g + i, gradient(load(s + i), load(t + i)));
+  for (; i + W <= n; i += W) {
+    __builtin_prefetch(s + i + kKdChunk);
+    __builtin_prefetch(t + i + kKdChunk);
+    store(g + i, gradient(load(s + i), load(t + i)));
+  }
   if (i < n) store_n(g + i, gradient(load_n(s + i, n - i, 0.0f), load_n(t + i, n - i, 0.0f)), n - i);
 }
 

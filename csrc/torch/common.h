@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -50,33 +51,39 @@ inline int64_t count_real(const bool* mask, int64_t n) {
   return real;
 }
 
+constexpr int64_t kHugePage = 2 << 20;
+
 // A fresh tensor on `like`'s device. Large ones ask for huge pages: faulting 4 KiB pages into a 60 MB gradient took a quarter of
 // the time of kd_loss.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
   Tensor out = torch::stable::new_empty(like, size, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2u << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr()), bytes = out.numel() * out.element_size();
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + bytes) / kHuge * kHuge;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = (begin + bytes) / kHugePage * kHugePage;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failing changes nothing
 #endif
   return out;
 }
 
-// Runs fn(item, scratch) for every item on torch's threads. Items are handed out one by one, because they differ in cost (padding);
-// each writes its own output, so which thread runs it does not show. `scratch` is a worker's own.
+// Runs fn(item, scratch) for every item on torch's threads. Items are handed out as workers get free, because they differ in cost
+// (padding); each writes its own output, so which thread runs it does not show. `scratch` is a worker's own. `item_bytes`: what an
+// item writes; neighbours are handed out together up to a huge page of output, since two threads that fault in the same page
+// both zero it (kd_loss backward, 512 x 30522: 19.6 ms item by item).
 template <typename F>
-void run_items(int64_t items, int64_t scratch_floats, const F& fn) {
+void run_items(int64_t items, int64_t scratch_floats, const F& fn, int64_t item_bytes = 0) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t workers = items < threads ? items : threads;
   if (workers == 0) return;
   const size_t bytes = (scratch_floats * sizeof(float) + 4095) / 4096 * 4096;  // a page apart: no false sharing
   std::unique_ptr<void, decltype(&std::free)> scratch(bytes ? std::aligned_alloc(4096, bytes * workers) : nullptr, std::free);
   STD_TORCH_CHECK(!bytes || scratch, "out of memory: ", bytes * workers, " bytes of workspace");
+  const int64_t page_share = item_bytes ? kHugePage / item_bytes : 1, fair_share = items / (4 * workers);
+  const int64_t share = std::max<int64_t>(1, std::min(page_share, fair_share));
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t worker) {
     float* mine = reinterpret_cast<float*>(static_cast<char*>(scratch.get()) + worker * bytes);
-    for (int64_t item = next++; item < items; item = next++) fn(item, mine);
+    for (int64_t first = next.fetch_add(share); first < items; first = next.fetch_add(share))
+      for (int64_t item = first; item < std::min(first + share, items); ++item) fn(item, mine);
   };
   if (workers == 1) return work(0);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

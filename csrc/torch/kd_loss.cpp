@@ -80,7 +80,8 @@ Tensor kd_loss_backward(const Tensor& grad, const Tensor& student, const Tensor&
   op.grad_student = grad_student.mutable_data_ptr();
   const cpu::KdWeights weights = weights_of(op);
   const cpu::Table& kernels = table();
-  run_items((rows + per_item - 1) / per_item, 0, [&](int64_t item, float*) { kernels.kd_loss_backward(op, weights, item); });
+  run_items((rows + per_item - 1) / per_item, 0, [&](int64_t item, float*) { kernels.kd_loss_backward(op, weights, item); },
+            per_item * op.classes * static_cast<int64_t>(grad_student.element_size()));
   return grad_student;
 }
 
