@@ -1,7 +1,7 @@
 // Reductions over the threads that share a row: a power of two of neighbours in a warp, or the whole block.
 //
-// Every thread gets the result, and the order of the additions depends on the group's size alone: results are the same bits on every
-// run. All threads of the block must call these together, those without a row too.
+// Every thread gets the result, and the order of the additions depends on the group's size alone: results are the same bits on
+// every run. All threads of the block must call these together, those without a row too.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -8,14 +8,14 @@
 //   tv          sum |p_s - p_t| / 2                        d/ds = p_s (g - sum p_s g) / T, g = sign(p_s - p_t) / 2
 //   with labels, the cross-entropy at T = 1 in the same pass
 //
-// Bytes are the limit: forward reads both logits once and leaves 32 bytes a row, backward reads them again and writes the gradient,
-// 5 R V e in all. 512 x 30522 in bf16 is 156 MB, 33 us at 4.8 TB/s. Both passes spend two exponentials a class, 10 of the 16
-// that an SM of an H200 does per clock while bf16 arrives at full bandwidth, so classes are kept to few instructions: base-2 exponents
+// Bytes are the limit: forward reads both logits once and leaves 32 bytes a row, backward reads them again and writes the
+// gradient, 5 R V e in all. 512 x 30522 in bf16 is 156 MB, 33 us at 4.8 TB/s. Two exponentials a class are 10 of the 16 that an
+// SM of an H200 does per clock while bf16 arrives at full bandwidth, so a class is kept to few instructions: base-2 exponents
 // with log2(e) / T folded in, and sums taken online against a reference that moves only when a logit outgrows it by 2^8.
 // jsd and tv need both normalisers before the first term: they read the row a second time, from L2 where it fits.
 //
-// The statistics are those of ops/kd_loss.h, but for two: the "max" is the reference of the sums, and kAux of reverse_kl and jsd is the
-// mean of their exponents' differences, so that backward subtracts like from like.
+// The statistics are those of ops/kd_loss.h, but for two: the "max" is the reference of the sums, and kAux of reverse_kl and jsd
+// is the mean of their exponents' differences, so that backward subtracts like from like.
 //
 // A row belongs to a thread, to some lanes of a warp or to a block, as long as it is; row losses are then added in a fixed order.
 // A label outside [0, classes) or a temperature that is not positive cannot raise here: that row's loss is NaN.
@@ -312,7 +312,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) forward(KdLoss op, int lanes) 
   float* out = op.stats + at.row * kKdStats;
 #pragma unroll
   for (int i = 0; i < kKdStats; ++i) out[i] = stats[i];
-  if (op.reduction == kNone) op.loss[at.row] = soft_weight(op) * stats[kSoftLoss] + (hard ? hard_weight(op) * stats[kHardLoss] : 0.f);
+  if (op.reduction != kNone) return;
+  op.loss[at.row] = soft_weight(op) * stats[kSoftLoss] + (hard ? hard_weight(op) * stats[kHardLoss] : 0.f);
 }
 
 // What a scalar reduction adds up over rows.
@@ -350,8 +351,8 @@ __global__ void __launch_bounds__(kSumThreads) sum_rows(KdLoss op, Total* partia
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-// The scalar loss from the partial totals, or from the rows themselves where there are none. Backward needs the factor of each term
-// too, and takes it from where row 0's two losses stood: they have been added by then.
+// The scalar loss from the partial totals, or from the rows themselves where there are none. Backward needs the factor of each
+// term too, and takes it from where row 0's two losses stood: they have been added by then.
 __global__ void __launch_bounds__(kSumThreads) finish(KdLoss op, const Total* partial, int partials) {
   const int64_t rows = op.outer * op.inner;
   const Total total = partial != nullptr
@@ -434,8 +435,8 @@ struct Shape {
   int64_t blocks;
 };
 
-// Short rows share a warp, long ones get a block. A block of 256 holds 32 KB of bf16 loads in flight with three neighbours on its SM; where
-// there are too few rows for neighbours, it doubles.
+// Short rows share a warp, long ones get a block. Four blocks of 256 on an SM keep 64 KB of loads in flight, where 25 KB hide the
+// latency of memory; with too few rows for that, a block has 512.
 Shape shape(const KdLoss& op) {
   const int64_t rows = op.outer * op.inner;
   Shape s;
@@ -471,7 +472,9 @@ int with_kind(Kind kind, Use use) {
 template <class Use>
 int with_types(const KdLoss& op, Use use) {
   return with_kind(op.kind, [&](auto kind) {
-    return with_type(op.student.dtype, [&](auto s) { return with_type(op.teacher.dtype, [&](auto t) { return use(kind, s, t); }); });
+    return with_type(op.student.dtype, [&](auto s) {
+      return with_type(op.teacher.dtype, [&](auto t) { return use(kind, s, t); });
+    });
   });
 }
 

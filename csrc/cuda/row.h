@@ -1,8 +1,9 @@
 // How a thread reads and writes a row of logits: in chunks of 8 classes, 16 bytes per memory instruction.
 //
-// A vocabulary is rarely a multiple of 8 (BERT's is 30522), so rows start anywhere. Chunks are laid on the 16-byte grid of memory,
-// not on the row: chunk c covers classes [8c - pad, 8c - pad + 8), and classes outside the row read as -inf, which has probability 0
-// and changes nothing. Only the first and last chunk of a row, and rows that are strided or misaligned, load class by class.
+// A vocabulary is rarely a multiple of 8 (BERT's is 30522), so rows start anywhere. Chunks are laid on the 16-byte grid of
+// memory, not on the row: chunk c covers classes [8c - pad, 8c - pad + 8), and classes outside the row read as -inf, which has
+// probability 0 and changes nothing. Only the first and last chunk of a row, and rows that are strided or misaligned, load class
+// by class.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,7 +1,7 @@
 // kd_loss for CUDA tensors: allocates, fills kd::KdLoss and queues the kernels on torch's current stream.
 //
-// The library links no CUDA part of torch, so that it builds and loads beside a CPU build. The one thing wanted from there, the current
-// stream, is looked up when the first CUDA tensor arrives; torch's CUDA library is in the process by then.
+// The library links no CUDA part of torch, so that it builds and loads beside a CPU build. The one thing wanted from there, the
+// current stream, is looked up when the first CUDA tensor arrives; torch's CUDA library is in the process by then.
 #include <dlfcn.h>
 
 #include "../cuda/kd_loss.h"

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU (see cuda_runtime.h here) and calls kd_loss as csrc/torch/kd_loss_cuda.cpp does."""
+"""Builds the CUDA kernels for the CPU (see cuda_runtime.h here) and calls them as csrc/torch/kd_loss_cuda.cpp does."""
 
 import ctypes
 import subprocess
@@ -46,82 +46,107 @@ class KdLoss(ctypes.Structure):
     ]
 
 
-def compiler_flags() -> list[str]:
-    """As nvcc does, products are fused into additions where the machine can; undefined behaviour ends the process."""
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists() and " fma " in cpu.read_text():
-        flags += ["-mfma", "-ffp-contract=fast"]
-    return flags
-
-
-def build(compiler: str, folder: Path) -> ctypes.CDLL:
-    library = folder / "libcuda_host.so"
-    command = [compiler, *compiler_flags(), "-I", str(HERE), str(HERE / "driver.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    host = ctypes.CDLL(str(library))
-    host.host_sizeof_kd_loss.restype = ctypes.c_int64
-    host.host_workspace_bytes.restype = ctypes.c_int64
-    host.host_status_text.restype = ctypes.c_char_p
-    assert host.host_sizeof_kd_loss() == ctypes.sizeof(KdLoss)
-    return host
-
-
 class Guarded:
-    """An output as torch would allocate it, 64-byte aligned and full of NaN, between two zones that must stay NaN."""
+    """An output as torch would allocate it, full of NaN, between two zones that must stay NaN."""
 
     def __init__(self, shape, dtype):
-        count = int(torch.Size(shape).numel())
+        count = torch.Size(shape).numel()
         self._whole = torch.full((count + 2 * GUARD,), torch.nan, dtype=dtype)
         self.tensor = self._whole[GUARD : GUARD + count].view(shape)
 
-    def check(self):
+    def finished(self) -> torch.Tensor:
         before, after = self._whole[:GUARD], self._whole[GUARD + self.tensor.numel() :]
         assert before.isnan().all() and after.isnan().all(), "written beside the output"
+        return self.tensor
 
 
 def _pointer(tensor):
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
-def to_float(host, x):
-    out = torch.empty(x.shape)
-    host.host_to_float(_pointer(x), _pointer(out), ctypes.c_int64(x.numel()), int(x.dtype == torch.float16))
-    return out
-
-
-def from_float(host, x, dtype):
-    out = torch.empty(x.shape, dtype=dtype)
-    host.host_from_float(_pointer(x), _pointer(out), ctypes.c_int64(x.numel()), int(dtype == torch.float16))
-    return out
-
-
 def _view(x):
     return LogitsView(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()), DTYPE[x.dtype])
 
 
-def run(host, student, teacher, grad=None, *, kind="kl", temperature=1.0, scale_t2=True, beta=0.5, mask=None,
-        labels=None, alpha=1.0, ignore_index=-100, reduction="batchmean"):  # fmt: skip
-    """The op on [O, I, V] logits: (loss, gradient of the student for the upstream gradient `grad`, 1 if None)."""
-    outer, inner, classes = student.shape
-    rows = temperature if isinstance(temperature, torch.Tensor) else None
-    loss = Guarded((outer, inner) if reduction == "none" else (), torch.float32)
-    stats = Guarded((outer * inner, 8), torch.float32)
-    gradient = Guarded(student.shape, student.dtype)
-    grad = torch.ones(loss.tensor.shape) if grad is None else grad
-    op = KdLoss(
-        _view(student), _view(teacher), _pointer(mask), _pointer(labels), _pointer(rows), outer, inner, classes,
-        1.0 if rows is not None else temperature, beta, alpha, scale_t2, ignore_index, KIND[kind], REDUCTION[reduction],
-        _pointer(stats.tensor), _pointer(loss.tensor), _pointer(grad),
-        (ctypes.c_int64 * 2)(*(grad.stride() if grad.dim() else (0, 0))), _pointer(gradient.tensor),
+def _describe(student, teacher, mask, labels, row_temperature, kind, temperature, scale_t2, beta, alpha, ignore_index,
+              reduction) -> KdLoss:  # fmt: skip
+    return KdLoss(
+        _view(student), _view(teacher), _pointer(mask), _pointer(labels), _pointer(row_temperature), *student.shape,
+        temperature, beta, alpha, scale_t2, ignore_index, kind, reduction
     )  # fmt: skip
-    workspace = Guarded((host.host_workspace_bytes(ctypes.byref(op)) // 4,), torch.float32)
-    for status in (
-        host.host_forward(ctypes.byref(op), _pointer(workspace.tensor)),
-        host.host_backward(ctypes.byref(op)),
-    ):
-        assert status == 0, host.host_status_text(status).decode()
-    for output in (loss, stats, gradient, workspace):
-        output.check()
-    return loss.tensor, gradient.tensor
+
+
+class Host:
+    """The kernels, compiled for the CPU. Undefined behaviour ends the process.
+
+    Where the machine can, products are fused into additions, as nvcc does.
+    """
+
+    FLAGS = ("-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-shared",
+             "-fsanitize=undefined", "-fno-sanitize-recover=all")  # fmt: skip
+
+    def __init__(self, compiler: str, folder: Path):
+        library = folder / "libcuda_host.so"
+        cpu = Path("/proc/cpuinfo")
+        fused = ("-mfma", "-ffp-contract=fast") if cpu.exists() and " fma " in cpu.read_text() else ()
+        command = [compiler, *self.FLAGS, *fused, "-I", HERE, HERE / "driver.cpp", "-o", library]
+        subprocess.run(list(map(str, command)), check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.host_sizeof_kd_loss.restype = ctypes.c_int64
+        self.library.host_workspace_bytes.restype = ctypes.c_int64
+        self.library.host_status_text.restype = ctypes.c_char_p
+        assert self.library.host_sizeof_kd_loss() == ctypes.sizeof(KdLoss)
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            raise RuntimeError(self.library.host_status_text(status).decode())
+
+    def kd_loss(self, student, *arguments):
+        """The op kdkernels::kd_loss: (loss, stats)."""
+        op = _describe(student, *arguments)
+        rows = tuple(student.shape[:2])
+        loss = Guarded(rows if op.reduction == REDUCTION["none"] else (), torch.float32)
+        stats = Guarded((rows[0] * rows[1], 8), torch.float32)
+        workspace = Guarded((self.library.host_workspace_bytes(ctypes.byref(op)) // 4,), torch.float32)
+        op.stats, op.loss = _pointer(stats.tensor), _pointer(loss.tensor)
+        self._check(self.library.host_forward(ctypes.byref(op), _pointer(workspace.tensor)))
+        workspace.finished()
+        return loss.finished(), stats.finished()
+
+    def kd_loss_backward(self, grad, student, teacher, mask, labels, row_temperature, stats, *scalars):
+        """The op kdkernels::kd_loss_backward: the student's gradient."""
+        op = _describe(student, teacher, mask, labels, row_temperature, *scalars)
+        gradient = Guarded(student.shape, student.dtype)
+        op.stats, op.grad_loss, op.grad_student = _pointer(stats), _pointer(grad), _pointer(gradient.tensor)
+        op.grad_strides[:] = grad.stride() if grad.dim() else (0, 0)
+        self._check(self.library.host_backward(ctypes.byref(op)))
+        return gradient.finished()
+
+    def run(self, student, teacher, grad=None, *, kind="kl", temperature=1.0, scale_t2=True, beta=0.5, mask=None,
+            labels=None, alpha=1.0, ignore_index=-100, reduction="batchmean"):  # fmt: skip
+        """Loss and gradient of the student, [O, I, V], for the upstream gradient `grad` (None: 1)."""
+        rows = temperature if isinstance(temperature, torch.Tensor) else None
+        tensors = (student, teacher, mask, labels, rows)
+        scalars = (KIND[kind], 1.0 if rows is not None else temperature, scale_t2, beta, alpha, ignore_index,
+                   REDUCTION[reduction])  # fmt: skip
+        loss, stats = self.kd_loss(*tensors, *scalars)
+        grad = torch.ones_like(loss) if grad is None else grad
+        return loss, self.kd_loss_backward(grad, *tensors, stats, *scalars)
+
+    def diverge(self, at: str) -> None:
+        """Runs a kernel whose threads never all meet at a "barrier" or a "shuffle"; raises."""
+        self._check(self.library.host_diverge(int(at == "shuffle")))
+
+    def reverse_threads(self, reverse: bool) -> None:
+        """From now on the threads of a block run in descending order, or again in ascending order."""
+        self.library.host_reverse_threads(reverse)
+
+    def to_float(self, x):
+        out = torch.empty(x.shape)
+        self.library.host_to_float(_pointer(x), _pointer(out), ctypes.c_int64(x.numel()), int(x.dtype == torch.float16))
+        return out
+
+    def from_float(self, x, dtype):
+        out = torch.empty(x.shape, dtype=dtype)
+        self.library.host_from_float(_pointer(x), _pointer(out), ctypes.c_int64(x.numel()), int(dtype == torch.float16))
+        return out
