@@ -46,11 +46,14 @@ def choice(name: str, value, accepted):
 
 def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, above: float | None = None) -> float:
     """A finite real number within [low, high], and above `above`."""
-    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+    wrong = f"{name} must be a number, got {type(value).__name__}"
+    if isinstance(value, (bool, str)):
+        raise TypeError(wrong)
+    if not isinstance(value, (int, float)):
         try:
             value = float(value)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+            raise TypeError(wrong) from None
     # Comparisons, which are false for NaN, and no math.isfinite: torch.compile traces them for a symbolic number too.
     if not (-math.inf < value < math.inf and low <= value <= high) or (above is not None and value <= above):
         accepted = f"> {above}" if above is not None else f"in [{low}, {high}]" if high < math.inf else "finite"

@@ -1,0 +1,162 @@
+"""Bad input: one clear error that names the argument, before any kernel sees a pointer.
+
+One row per mistake: the op, what is changed in a good call, the exception, and the words that its message must hold.
+"""
+
+import pytest
+import torch
+
+from kdkernels import functional
+
+from .case import OPS
+from .cases import of
+from .test_registration import recorded
+
+GOOD = {
+    "kd_loss": {"student_logits": torch.randn(4, 6, 11), "teacher_logits": torch.randn(4, 6, 11)},
+    "attention_kl": dict(zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(2, 3, 5, d) for d in (4, 4, 8, 8)), strict=True)),
+    "attention_mse": dict(zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(2, 3, 5, d) for d in (4, 4, 8, 8)), strict=True)),
+    "relation_kl": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 24), "num_heads": 3},
+    "hidden_mse": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 12)},
+}
+
+
+def grad(*shape) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def labels(value: int) -> torch.Tensor:
+    return torch.full((4, 6), value)
+
+
+def changed(value) -> torch.Tensor:
+    return torch.ones(4, 6).index_fill_(1, torch.tensor([2]), value)
+
+
+KD = {
+    "vocabularies differ": ({"teacher_logits": torch.randn(4, 6, 12)}, ValueError, "teacher_logits.*vocabulary"),
+    "rows differ": ({"teacher_logits": torch.randn(4, 5, 11)}, ValueError, "teacher_logits.*shape"),
+    "no tensor": ({"student_logits": [1.0]}, TypeError, "student_logits.*list"),
+    "integer logits": ({"student_logits": torch.ones(4, 6, 11, dtype=torch.long)}, ValueError, "student_logits.*int64"),
+    "half a byte": ({"teacher_logits": torch.ones(4, 6, 11).to(torch.float8_e4m3fn)}, ValueError, "teacher_logits.*float8"),
+    "complex logits": ({"teacher_logits": torch.ones(4, 6, 11) + 0j}, ValueError, "teacher_logits.*complex"),
+    "no classes": ({"student_logits": torch.ones(4, 0), "teacher_logits": torch.ones(4, 0)}, ValueError, "student_logits.*classes"),
+    "a number": ({"student_logits": torch.ones(()), "teacher_logits": torch.ones(())}, ValueError, "student_logits"),
+    "teacher requires grad": ({"teacher_logits": grad(4, 6, 11)}, ValueError, "teacher_logits requires grad"),
+    "another device": ({"teacher_logits": torch.ones(4, 6, 11, device="meta")}, ValueError, "teacher_logits is on meta"),
+    "kind": ({"kind": "kld"}, ValueError, "kind.*'kl', 'ce', 'reverse_kl', 'jsd', 'tv'.*'kld'"),
+    "kind of another type": ({"kind": ["kl"]}, ValueError, "kind"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction.*'batchmean'.*'avg'"),
+    "beta too large": ({"kind": "jsd", "beta": 1.5}, ValueError, r"beta.*\[0.0, 1.0\].*1.5"),
+    "beta NaN": ({"kind": "jsd", "beta": float("nan")}, ValueError, "beta"),
+    "alpha infinite": ({"alpha": float("inf")}, ValueError, "alpha"),
+    "alpha a word": ({"alpha": "half"}, TypeError, "alpha.*str"),
+    "T = 0": ({"temperature": 0.0}, ValueError, "temperature.*> 0.*0"),
+    "T < 0": ({"temperature": -2}, ValueError, "temperature"),
+    "T NaN": ({"temperature": float("nan")}, ValueError, "temperature.*nan"),
+    "T infinite": ({"temperature": float("inf")}, ValueError, "temperature"),
+    "T a word": ({"temperature": "4"}, TypeError, "temperature.*str"),
+    "T a truth value": ({"temperature": None}, TypeError, "temperature.*NoneType"),
+    "row T of another shape": ({"temperature": torch.ones(6)}, ValueError, r"temperature.*\[4, 6\].*\[6\]"),
+    "row T with a zero": ({"temperature": changed(0.0)}, ValueError, "temperature"),
+    "row T with a NaN": ({"temperature": changed(torch.nan)}, ValueError, "temperature"),
+    "row T requires grad": ({"temperature": grad(4, 6).abs()}, ValueError, "temperature requires grad"),
+    "mask of another shape": ({"mask": torch.ones(4, 5)}, ValueError, r"mask.*\[4, 6\].*\[4, 5\]"),
+    "mask with classes": ({"mask": torch.ones(4, 6, 11)}, ValueError, "mask"),
+    "additive mask": ({"mask": changed(-1e4)}, ValueError, "mask.*0.*1"),
+    "mask a list": ({"mask": [[1] * 6] * 4}, TypeError, "mask.*list"),
+    "mask elsewhere": ({"mask": torch.ones(4, 6, device="meta")}, ValueError, "mask is on meta"),
+    "labels of another shape": ({"labels": torch.ones(4, dtype=torch.long)}, ValueError, r"labels.*\[4, 6\].*\[4\]"),
+    "label too large": ({"labels": labels(11)}, ValueError, r"labels.*\[0, 11\).*11"),
+    "label negative": ({"labels": labels(-1)}, ValueError, "labels.*-100.*-1"),
+    "float labels": ({"labels": torch.ones(4, 6)}, ValueError, "labels.*float32"),
+    "labels a list": ({"labels": [1]}, TypeError, "labels.*list"),
+}
+ATTENTION = {
+    "three dimensions": ({"q_s": torch.randn(3, 5, 4)}, ValueError, "q_s.*4 dimensions"),
+    "q and k differ": ({"k_s": torch.randn(2, 3, 6, 4)}, ValueError, "k_s.*q_s"),
+    "teacher's q and k differ": ({"k_t": torch.randn(2, 3, 5, 4)}, ValueError, "k_t.*q_t"),
+    "head counts differ": ({"q_t": torch.randn(2, 4, 5, 8), "k_t": torch.randn(2, 4, 5, 8)}, ValueError, "heads"),
+    "tokens differ": ({"q_t": torch.randn(2, 3, 6, 8), "k_t": torch.randn(2, 3, 6, 8)}, ValueError, "q_t.*tokens"),
+    "batch differs": ({"q_t": torch.randn(1, 3, 5, 8), "k_t": torch.randn(1, 3, 5, 8)}, ValueError, "q_t.*batch"),
+    "no features": ({"q_s": torch.ones(2, 3, 5, 0), "k_s": torch.ones(2, 3, 5, 0)}, ValueError, "q_s.*head size"),
+    "integer": ({"k_t": torch.ones(2, 3, 5, 8, dtype=torch.int32)}, ValueError, "k_t.*int32"),
+    "no tensor": ({"q_t": None}, TypeError, "q_t.*NoneType"),
+    "teacher's q requires grad": ({"q_t": grad(2, 3, 5, 8)}, ValueError, "q_t requires grad"),
+    "teacher's k requires grad": ({"k_t": grad(2, 3, 5, 8)}, ValueError, "k_t requires grad"),
+    "another device": ({"k_t": torch.ones(2, 3, 5, 8, device="meta")}, ValueError, "k_t is on meta"),
+    "mask of another shape": ({"mask": torch.ones(2, 3)}, ValueError, r"mask.*\[2, 5\].*\[2, 3\]"),
+    "four-dimensional mask": ({"mask": torch.ones(2, 1, 1, 5)}, ValueError, "mask"),
+    "scale NaN": ({"scale_s": float("nan")}, ValueError, "scale_s"),
+    "scale a word": ({"scale_t": "x"}, TypeError, "scale_t.*str"),
+}
+MISTAKES = {
+    "kd_loss": KD,
+    "attention_kl": ATTENTION
+    | {
+        "T = 0": ({"temperature": 0}, ValueError, "temperature.*> 0"),
+        "T NaN": ({"temperature": float("nan")}, ValueError, "temperature"),
+        "reduction": ({"reduction": "mean"}, ValueError, "reduction.*'batchmean', 'sum', 'none'.*'mean'"),
+    },
+    "attention_mse": ATTENTION | {"on": ({"on": "logits"}, ValueError, "on must be one of 'scores', 'probs'.*'logits'")},
+    "relation_kl": {
+        "two dimensions": ({"student": torch.randn(5, 12)}, ValueError, "student.*3 dimensions"),
+        "batch differs": ({"teacher": torch.randn(1, 5, 24)}, ValueError, "batch"),
+        "tokens differ": ({"teacher": torch.randn(2, 6, 24)}, ValueError, "tokens"),
+        "heads do not divide": ({"num_heads": 5}, ValueError, "num_heads.*5.*12"),
+        "heads do not divide the teacher": ({"teacher": torch.randn(2, 5, 20)}, ValueError, "num_heads.*teacher.*20"),
+        "no heads": ({"num_heads": 0}, ValueError, "num_heads.*0"),
+        "heads a float": ({"num_heads": 3.0}, ValueError, "num_heads.*3.0"),
+        "heads a truth value": ({"num_heads": True}, ValueError, "num_heads"),
+        "no features": ({"student": torch.ones(2, 5, 0)}, ValueError, "num_heads.*student"),
+        "teacher requires grad": ({"teacher": grad(2, 5, 24)}, ValueError, "teacher requires grad"),
+        "another device": ({"teacher": torch.ones(2, 5, 24, device="meta")}, ValueError, "teacher is on meta"),
+        "mask of another shape": ({"mask": torch.ones(5, 2)}, ValueError, "mask"),
+        "reduction": ({"reduction": "mean"}, ValueError, "reduction"),
+        "integer": ({"teacher": torch.ones(2, 5, 24, dtype=torch.int8)}, ValueError, "teacher.*int8"),
+    },
+    "hidden_mse": {
+        "widths differ": ({"teacher": torch.randn(2, 5, 24)}, ValueError, "teacher.*weight"),
+        "tokens differ": ({"teacher": torch.randn(2, 6, 12)}, ValueError, "tokens"),
+        "layers differ": ({"student": [torch.randn(2, 5, 12)] * 2}, ValueError, "layers.*2 and 1"),
+        "no layers": ({"student": [], "teacher": []}, ValueError, "student.*at least one layer"),
+        "two dimensions": ({"student": torch.randn(5, 12)}, ValueError, "student.*3 dimensions"),
+        "no features": ({"student": torch.ones(2, 5, 0), "teacher": torch.ones(2, 5, 0)}, ValueError, "at least one feature"),
+        "no tensor": ({"student": "hidden"}, TypeError, "student.*str"),
+        "teacher requires grad": ({"teacher": grad(2, 5, 12)}, ValueError, "teacher requires grad"),
+        "another device": ({"teacher": torch.ones(2, 5, 12, device="meta")}, ValueError, "teacher is on meta"),
+        "weight transposed": ({"teacher": torch.ones(2, 5, 24), "weight": torch.ones(12, 24)}, ValueError, r"weight.*\[24, 12\]"),
+        "weight with one dimension": ({"weight": torch.ones(12)}, ValueError, "weight.*2 dimensions"),
+        "too many weights": ({"weight": [torch.ones(12, 12)] * 3}, ValueError, "weight.*3"),
+        "bias alone": ({"bias": torch.ones(12)}, ValueError, "bias needs weight"),
+        "bias too short": ({"weight": torch.ones(12, 12), "bias": torch.ones(11)}, ValueError, r"bias.*\[12\].*11"),
+        "normalize": ({"normalize": "l1"}, ValueError, "normalize.*'l2', 'layer_norm'.*'l1'"),
+        "mask of another shape": ({"mask": torch.ones(2, 4)}, ValueError, "mask"),
+    },
+}
+ROWS = [pytest.param(op, *row, id=f"{op}: {name}") for op, rows in MISTAKES.items() for name, row in rows.items()]
+
+
+@pytest.mark.parametrize(("op", "change", "kind", "words"), ROWS)
+def test_bad_input(op, change, kind, words):
+    good = GOOD[op]
+    getattr(functional, op)(**good)
+    with pytest.raises(kind, match=words) as raised:
+        getattr(functional, op)(**{**good, **change})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_option(op):
+    with pytest.raises(TypeError, match="temprature"):
+        getattr(functional, op)(**GOOD[op], temprature=2.0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_protect_memory_when_called_directly(op):
+    """Behind the public functions: a mask too small for the tensors raises in C++ and reads nothing beyond it."""
+    case = next(case for case in of(op) if case.mask is not None)
+    function, args, _ = recorded(case)[0]
+    small = [a[:1, :1].contiguous() if torch.is_tensor(a) and a.dtype == torch.bool else a for a in args]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="mask"):
+        function(*small)

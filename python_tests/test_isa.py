@@ -1,0 +1,51 @@
+"""Every instruction set of this machine gives results as exact as the best one's; forcing one that is missing raises.
+
+The choice is made once per process, so each ISA runs the tests of values in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdkernels import _native
+
+ROOT = Path(__file__).parent.parent
+PRESENT = [name for name, supported in _native.isas().items() if supported]
+ABSENT = [name for name, supported in _native.isas().items() if not supported]
+USE = "import torch, kdkernels; print(kdkernels.explain()['kd_loss']['cpu']); kdkernels.functional.kd_loss(torch.ones(2, 3), torch.ones(2, 3))"
+
+
+def run(isa: str, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, "KDKERNELS_CPU_ISA": isa}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("isa", PRESENT)
+def test_values_on(isa):
+    done = run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "python_tests/test_values.py", "-k", "test_error_against_float64")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("isa", PRESENT)
+def test_forced(isa):
+    done = run(isa, "-c", USE)
+    assert done.returncode == 0, done.stderr
+    assert f"C++ {isa}" in done.stdout
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2", " avx2", *ABSENT])
+def test_impossible(isa):
+    done = run(isa, "-c", USE)
+    assert done.returncode != 0
+    message = done.stderr.strip().splitlines()[-1]
+    assert "KDKERNELS_CPU_ISA" in message and isa in message
+    assert all(name in message for name in PRESENT), f"says what is accepted: {message}"
+
+
+def test_every_kernel_set_is_built():
+    assert set(_native.isas()) >= {"generic"}
+    assert "generic" in PRESENT

@@ -1,0 +1,239 @@
+"""The numerics list of the losses' literature (shared/reference/losses.md, section 6), each item with what naive code does instead.
+
+Items that are tests elsewhere: masks and empty batches (1, 2) and strides (10) in test_semantics.py, upstream gradients (8), second
+derivatives (12) and backward twice (13) in test_gradients.py, torch.compile (14) in test_registration.py, thread counts (19) and
+determinism (11) in test_determinism.py, teachers that require grad (17) in test_errors.py, accuracy per dtype in test_values.py.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benches.peers import eager
+from kdkernels import functional, reference
+
+from .case import evaluate
+from .cases import CASES, of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = ("kl", "ce", "reverse_kl", "jsd", "tv")
+INF = torch.inf
+
+
+def gradient(function, student, *rest, **options):
+    student = student.detach().requires_grad_()
+    loss = function(student, *rest, **options)
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vocabulary_padding_is_a_no_op(kind):
+    """-inf on both sides: the same bits as without those classes, and gradient 0. Naive: 0 * (-inf - -inf) = NaN."""
+    student, teacher = torch.randn(5, 40), torch.randn(5, 40)
+    padded = [F.pad(x, (0, 24), value=-INF) for x in (student, teacher)]
+    loss, grad = gradient(functional.kd_loss, student, teacher, kind=kind, temperature=2.0)
+    padded_loss, padded_grad = gradient(functional.kd_loss, *padded, kind=kind, temperature=2.0)
+    torch.testing.assert_close(padded_loss, loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(padded_grad[:, :40], grad, rtol=1e-5, atol=1e-8)
+    assert (padded_grad[:, 40:] == 0).all()
+    if kind in ("kl", "ce", "reverse_kl", "jsd"):
+        assert eager.kd_loss(*padded, kind=kind, temperature=2.0).isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_teacher_without_mass(kind):
+    """p_t = 0 where the teacher is -inf: the term is 0 and everything stays finite, except KL(student || teacher)."""
+    student, teacher = torch.randn(3, 20), torch.randn(3, 20)
+    teacher[:, 7] = -INF
+    loss, grad = gradient(functional.kd_loss, student, teacher, kind=kind)
+    if kind == "reverse_kl":
+        assert loss == INF
+        return
+    truth, true_grad = gradient(reference.kd_loss, student.double(), teacher.double(), kind=kind)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_student_without_mass(kind):
+    """p_t > 0 where the student is -inf: +inf, in that row alone."""
+    student, teacher = torch.randn(3, 20), torch.randn(3, 20)
+    student[1, 7] = -INF
+    rows = functional.kd_loss(student, teacher, kind=kind, reduction="none")
+    assert rows[1] == INF
+    assert rows[[0, 2]].isfinite().all()
+    assert functional.kd_loss(student, teacher, kind=kind) == INF
+
+
+@pytest.mark.parametrize("kind", ["jsd", "tv"])
+def test_bounded_kinds_stay_bounded(kind):
+    """Disjoint supports: jsd = log 2, tv = 1, and no NaN."""
+    student, teacher = torch.full((2, 8), -INF), torch.full((2, 8), -INF)
+    student[:, :3], teacher[:, 5:] = 0.0, 0.0
+    loss, grad = gradient(functional.kd_loss, student, teacher, kind=kind)
+    torch.testing.assert_close(loss.item(), math.log(2) if kind == "jsd" else 1.0, rtol=1e-6, atol=0)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [torch.nan, INF])
+def test_nan_in_a_real_row_shows(kind, value):
+    """Silence would hide a diverged model. +inf has no softmax either."""
+    student, teacher = torch.randn(3, 20), torch.randn(3, 20)
+    student[1, 4] = value
+    rows = functional.kd_loss(student, teacher, kind=kind, reduction="none")
+    assert rows[1].isnan()
+    assert rows[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("op", ["attention_kl", "attention_mse", "relation_kl", "hidden_mse"])
+def test_nan_in_a_real_token_shows(op):
+    case = next(case for case in of(op) if case.mask is not None)
+    call = case.make()
+    batch, token = call.other["mask"].nonzero()[0].tolist()
+    with torch.no_grad():
+        leaf = call.leaves[0]
+        (leaf[batch, 0, token] if op.startswith("attention") else leaf[batch, token]).fill_(torch.nan)
+        assert getattr(functional, op)(**call.arguments).isnan()
+
+
+def test_underflow_on_both_sides():
+    """Liger #1453: both probabilities below 1e-45. Naive: log(0) - log(0)."""
+    student = torch.tensor([[0.0, -150.0, -200.0]])
+    teacher = torch.tensor([[0.0, -200.0, -150.0]])
+    loss, grad = gradient(functional.kd_loss, student, teacher, kind="jsd")
+    assert loss.isfinite() and loss >= 0
+    assert grad.isfinite().all()
+    assert eager.kd_loss(student, teacher, kind="jsd").isnan()
+
+
+def test_total_variation_ties():
+    """p_s = p_t: gradient 0, not -1/2 of the sign of nothing (Liger #1373)."""
+    student = torch.zeros(2, 4)
+    _, grad = gradient(functional.kd_loss, student, student.clone(), kind="tv")
+    assert (grad == 0).all()
+    teacher = torch.tensor([[0.0, 0.0, 1.0, -1.0]]).repeat(2, 1)
+    loss, grad = gradient(functional.kd_loss, teacher.flip(1).contiguous(), teacher, kind="tv")
+    truth, true_grad = gradient(reference.kd_loss, teacher.flip(1).double(), teacher.double(), kind="tv")
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd", "tv"])
+@pytest.mark.parametrize("magnitude", [1.0, 100.0, 1e4])
+def test_divergences_are_never_negative_by_much(kind, magnitude):
+    """Rounding may leave a few ulp of the logits below zero, no more (verl #2899: masked tails gave positive log-probabilities)."""
+    teacher = magnitude + torch.randn(64, 130)
+    rows = functional.kd_loss(teacher + 1e-3 * torch.randn(64, 130), teacher, kind=kind, reduction="none")
+    assert rows.min() >= -4 * torch.finfo(torch.float32).eps * magnitude
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shift_by_a_constant(kind):
+    """Logits are only defined up to a constant per row; a shift that float32 represents exactly changes nothing."""
+    student, teacher = torch.randn(5, 64).mul(256).round() / 256, torch.randn(5, 64).mul(256).round() / 256
+    loss, grad = gradient(functional.kd_loss, student, teacher, kind=kind)
+    far_loss, far_grad = gradient(functional.kd_loss, student + 1024, teacher - 2048, kind=kind)
+    torch.testing.assert_close(far_loss, loss, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(far_grad, grad, rtol=1e-5, atol=1e-8)
+
+
+def test_half_precision_logits_are_not_rounded_again():
+    """Item 5, Liger #1432: float16 logits over a small temperature leave float16's range, and bfloat16 sums lose percents."""
+    student, teacher = 60 * torch.randn(4, 300).half(), 60 * torch.randn(4, 300).half()
+    loss, grad = gradient(functional.kd_loss, student, teacher, temperature=1e-3)
+    assert loss.isfinite() and grad.isfinite().all()
+    assert not eager.kd_loss(student, teacher, temperature=1e-3).isfinite()
+
+
+def test_counts_do_not_overflow_in_half_precision():
+    """TextBrewer with float16 maps: 256 tokens squared is past 65504, its count becomes inf and the loss silently 0."""
+    q, k = (torch.randn(1, 2, 300, 8).half() for _ in range(2))
+    mask = torch.ones(1, 300, dtype=torch.bool)
+    loss = functional.attention_mse(q, k, k, q, mask)
+    truth = reference.attention_mse(*(x.double() for x in (q, k, k, q)), mask)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    assert (mask.half().sum(-1) ** 2).sum().isinf()
+
+
+@pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_gram_identity_where_student_is_near_teacher(scale):
+    """Item 7.4: |A|^2 + |B|^2 - 2 <A, B> loses all digits when A is near B; the loss must not."""
+    q, k = torch.randn(2, 3, 65, 26), torch.randn(2, 3, 65, 26)
+    q_s, k_s = q + scale * torch.randn_like(q), k + scale * torch.randn_like(k)
+    got = functional.attention_mse(q_s, k_s, q, k)
+    truth = reference.attention_mse(*(x.double() for x in (q_s, k_s, q, k)))
+    plain = eager.attention_mse(q_s, k_s, q, k)
+    assert (got - truth).abs() <= 2 * (plain - truth).abs() + 1e-5 * truth
+    width = 26**-0.5
+
+    def gram(a, b, c, d):
+        return ((a.mT @ c) * (b.mT @ d)).sum(dtype=torch.float32)
+
+    naive = gram(q_s, k_s, q_s, k_s) + gram(q, k, q, k) - 2 * gram(q_s, k_s, q, k)
+    naive = naive * width**2 / (2 * 3 * 65 * 65)
+    if scale <= 1e-3:
+        assert (naive - truth).abs() > 1e-2 * truth
+
+
+@pytest.mark.parametrize("scale", [1e-1, 1e-3])
+def test_gram_identity_with_heads_of_different_size(scale):
+    """The guard cannot subtract heads of different width: padded with zero features, the maps are near all the same."""
+    q, k = torch.randn(2, 3, 65, 12), torch.randn(2, 3, 65, 12)
+    wide_q, wide_k = (F.pad(x, (0, 14)) for x in (q, k))
+    q_s, k_s = wide_q + scale * torch.randn_like(wide_q), wide_k + scale * torch.randn_like(wide_k)
+    got, truth = (
+        f(*(x.to(dtype) for x in (q_s, k_s, q, k)), scale_s=0.3, scale_t=0.3)
+        for f, dtype in ((functional.attention_mse, torch.float32), (reference.attention_mse, torch.float64))
+    )
+    plain = eager.attention_mse(q_s, k_s, q, k, scale_s=0.3, scale_t=0.3)
+    assert (got - truth).abs() <= 2 * (plain - truth).abs() + 1e-5 * truth
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 30.0, 1e3])
+def test_attention_scores_of_any_size(magnitude):
+    """Scores far beyond exp's range on either side, after a max-shift, and one-hot maps."""
+    q_s, k_s, q_t, k_t = (magnitude * torch.randn(1, 2, 33, 12) for _ in range(4))
+    loss = functional.attention_kl(q_s, k_s, q_t, k_t)
+    truth = reference.attention_kl(*(x.double() for x in (q_s, k_s, q_t, k_t)))
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+
+
+def test_zero_hidden_states_have_a_direction_to_learn():
+    """PKD divides by the norm: 0 / 0 without an epsilon."""
+    student, teacher = torch.zeros(1, 3, 8), torch.randn(1, 3, 8)
+    loss, grad = gradient(functional.hidden_mse, student, teacher, normalize="l2")
+    assert loss.isfinite() and grad.isfinite().all()
+    assert (student / student.norm(dim=-1, keepdim=True)).isnan().all()
+    loss, grad = gradient(functional.hidden_mse, torch.ones(1, 3, 8), teacher, normalize="layer_norm")
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+def test_hidden_states_far_from_zero():
+    """BERT's outlier features: a mean of thousands beside differences of one."""
+    student = 4096 + torch.randn(2, 9, 64)
+    teacher = 4096 + torch.randn(2, 9, 64)
+    loss = functional.hidden_mse(student, teacher)
+    torch.testing.assert_close(loss.double(), reference.hidden_mse(student.double(), teacher.double()), rtol=1e-6, atol=0)
+
+
+def test_teacher_entropy_is_all_that_ce_and_kl_differ_by():
+    """Item 6: the same gradient, and T^2 as a switch."""
+    student, teacher = torch.randn(4, 50), torch.randn(4, 50)
+    kl, kl_grad = gradient(functional.kd_loss, student, teacher, temperature=3.0)
+    ce, ce_grad = gradient(functional.kd_loss, student, teacher, temperature=3.0, kind="ce")
+    entropy = torch.distributions.Categorical(logits=teacher / 3.0).entropy().mean()
+    torch.testing.assert_close(ce, kl + 9.0 * entropy)
+    torch.testing.assert_close(ce_grad, kl_grad)
+    unscaled, _ = gradient(functional.kd_loss, student, teacher, temperature=3.0, scale_t2=False)
+    torch.testing.assert_close(kl, 9.0 * unscaled)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op == "kd_loss" and c.near is None and not c.shape["labels"]], ids=lambda c: c.id)
+def test_gradient_of_a_row_sums_to_zero(case):
+    """Softmax is invariant to shifts, so what it hands back has no component along them."""
+    _, (grad,) = evaluate(functional.kd_loss, case.make())
+    assert grad.double().sum(-1).abs().max() <= 2e-6 * grad.double().abs().sum(-1).max()
