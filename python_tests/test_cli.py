@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 
@@ -13,6 +12,11 @@ from kdkernels.cli import main
 from kdkernels.distill import DistillError
 from kdkernels.distill.checkpoints import check, latest
 from kdkernels.distill.config import load_config
+
+from . import tiny
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,10 @@ def fails(capsys, argv, *pieces, status=2):
     [
         ({"recipee": 1}, ["unknown key 'recipee'", "did you mean 'recipe'", "accepted: ", "batch_size"]),
         ({"recipe": "hintn"}, ["unknown recipe 'hintn'", "hinton, minilm, tinybert"]),
-        ({"options": {"temprature": 2}}, ["unknown option of recipe hinton 'temprature'", "alpha, layers, temperature"]),
+        (
+            {"options": {"temprature": 2}},
+            ["unknown option of recipe hinton 'temprature'", "alpha, layers, temperature"],
+        ),
         ({"options": {"alpha": {"linea": {"start": 1}}}}, ["unknown schedule 'linea'", "cosine, linear, piecewise"]),
         ({"options": {"alpha": {"linear": {"start": 1}}}}, ["schedule 'linear'", "end"]),
         ({"options": {"layers": 9}}, ["cannot take 9 layers from 4"]),
@@ -105,7 +112,11 @@ def test_missing_and_broken_files(capsys, config, tmp_path, folder):
 def test_labels_outside_the_teachers_classes(capsys, config, tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(f"{i % 7} {text}" for i, text in enumerate(tiny.texts(16))))
-    fails(capsys, ["distill", config(data={"train": str(path), "labels": "leading"})], "label 3: the student has 3 classes, 0 to 2")
+    fails(
+        capsys,
+        ["distill", config(data={"train": str(path), "labels": "leading"})],
+        "label 3: the student has 3 classes, 0 to 2",
+    )
 
 
 def test_damaged_checkpoints_and_other_runs(capsys, config, tmp_path):
@@ -147,7 +158,9 @@ def test_cached_and_several_teachers_run(config, folder, tmp_path):
 
 
 def test_bf16_and_evaluation_settings_are_the_trainers(config, tmp_path):
-    assert main(["distill", config(training={"use_cpu": True, "bf16": True, "max_grad_norm": 0.5, "optim": "sgd"})]) == 0
+    assert (
+        main(["distill", config(training={"use_cpu": True, "bf16": True, "max_grad_norm": 0.5, "optim": "sgd"})]) == 0
+    )
     from transformers import AutoModel
 
     assert AutoModel.from_pretrained(tmp_path / "out" / "student").dtype == torch.float32

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
 from torch.nn.functional import kl_div, log_softmax, mse_loss, normalize
 from transformers import (
@@ -43,6 +42,9 @@ from kdkernels.distill.taps import collect, mean_pool
 from kdkernels.distill.trainer import Distillation
 from kdkernels.recipes import RECIPES, hinton, minilm, tinybert
 
+from . import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"vocab_size": 65, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 
 
@@ -71,7 +73,7 @@ def test_taps_equal_a_forward_by_hand():
         assert torch.equal(tap.transpose(1, 2).flatten(2), by_hand), name
         assert tap.shape == (3, 4, batch["input_ids"].shape[1], 6)
     rows = [
-        normalize(state[: length].mean(0), dim=0)
+        normalize(state[:length].mean(0), dim=0)
         for state, length in zip(plain.hidden_states[-1], batch["attention_mask"].sum(1), strict=True)
     ]
     torch.testing.assert_close(taps["embedding"], torch.stack(rows))
@@ -99,9 +101,14 @@ def test_other_architectures(name):
 
 @pytest.mark.parametrize(
     ("tap", "message"),
-    [("hidden.9", "layers -5 to 4"), ("q.4", "layers -4 to 3"), ("hiden.1", "unknown tap 'hiden.1'"), ("hidden", "layer number"),
-     ("logits", "needs a model with a head")],
-)  # fmt: skip
+    [
+        ("hidden.9", "layers -5 to 4"),
+        ("q.4", "layers -4 to 3"),
+        ("hiden.1", "unknown tap 'hiden.1'"),
+        ("hidden", "layer number"),
+        ("logits", "needs a model with a head"),
+    ],
+)
 def test_bad_taps(tap, message):
     with pytest.raises(DistillError, match=message):
         collect(tiny.bert(), tiny.batch(), [tap])
@@ -181,7 +188,9 @@ def test_embedding_match_is_one_minus_cosine():
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_parts_of_a_batch_sum_to_the_whole(name):
-    """The loss of a batch is the sum over its unequal parts, each with the whole's totals: DDP and accumulation rely on it."""
+    """The loss of a batch is the sum over its unequal parts, each with the whole's totals: DDP and accumulation rely
+    on it.
+    """
     teacher = tiny.bert(0, head=True)
     options = {"tinybert": {"layers": 2, "hidden_size": 16, "intermediate_size": 32}, "minilm": {"relation_heads": 6}}
     recipe = RECIPES[name](teacher.config, **options.get(name, {}))
@@ -202,7 +211,13 @@ def test_parts_of_a_batch_sum_to_the_whole(name):
 
 def test_objectives_are_printed_in_full():
     text = tinybert(tiny.config(), layers=2).objective()
-    for piece in ("3 stages", "stage 3 predict", "attention_mse([qk.0, qk.1], [qk.1, qk.3], on=scores)", "weight=fit", "kind=ce"):
+    for piece in (
+        "3 stages",
+        "stage 3 predict",
+        "attention_mse([qk.0, qk.1], [qk.1, qk.3], on=scores)",
+        "weight=fit",
+        "kind=ce",
+    ):
         assert piece in text
 
 
@@ -210,7 +225,12 @@ def test_objectives_are_printed_in_full():
     ("match", "student", "teacher", "message"),
     [
         (Match("kd_loss", "logits"), {"num_labels": 3}, {"num_labels": 5}, r"vocabularies differ.*\[3, 3\].*\[3, 5\]"),
-        (Match("attention_kl", "qk.-1"), {"num_attention_heads": 4}, {"num_attention_heads": 6}, r"heads differ.*\[3, 4, .*\[3, 6, "),
+        (
+            Match("attention_kl", "qk.-1"),
+            {"num_attention_heads": 4},
+            {"num_attention_heads": 6},
+            r"heads differ.*\[3, 4, .*\[3, 6, ",
+        ),
         (Match("hidden_mse", "hidden.1"), {"hidden_size": 16}, {}, r"widths differ.*, 16\].*, 24\]"),
     ],
 )
@@ -261,7 +281,9 @@ def test_mean_of_models():
     a, b, batch = tiny.bert(0, head=True), tiny.bert(1, head=True), tiny.batch()
     values = Mean([a, b]).taps(["logits", "qk.0"], batch, [], 0, 0)
     torch.testing.assert_close(values["logits"], (a(**batch).logits + b(**batch).logits) / 2)
-    torch.testing.assert_close(values["qk.0"][1], (collect(a, batch, ["k.0"])["k.0"] + collect(b, batch, ["k.0"])["k.0"]) / 2)
+    torch.testing.assert_close(
+        values["qk.0"][1], (collect(a, batch, ["k.0"])["k.0"] + collect(b, batch, ["k.0"])["k.0"]) / 2
+    )
     probs = Mean([a, b], of="probs").taps(["logits"], batch, [], 0, 0)["logits"].softmax(-1)
     torch.testing.assert_close(probs, (a(**batch).logits.softmax(-1) + b(**batch).logits.softmax(-1)) / 2)
 
@@ -306,7 +328,9 @@ def test_snapshot_is_the_student_of_the_last_cycle():
     with torch.no_grad():
         student.encoder.layer[3].output.dense.weight.mul_(1.5)
     real = batch["attention_mask"].bool()
-    torch.testing.assert_close(module(step=2, **batch)["loss"], mse_loss(student(**batch).last_hidden_state[real], before[real]))
+    torch.testing.assert_close(
+        module(step=2, **batch)["loss"], mse_loss(student(**batch).last_hidden_state[real], before[real])
+    )
     assert module(step=3, **batch)["loss"] == 0
     assert any(name.startswith("companions.") for name in module.state_dict())
 
@@ -319,7 +343,9 @@ def test_peers_learn_from_the_mean_of_the_others():
     by_hand = 0.0
     for i, own in enumerate(logits):
         others = torch.stack([x.detach() for j, x in enumerate(logits) if j != i]).mean(0)
-        by_hand = by_hand + kl_div(log_softmax(own, -1), log_softmax(others, -1), reduction="batchmean", log_target=True)
+        by_hand = by_hand + kl_div(
+            log_softmax(own, -1), log_softmax(others, -1), reduction="batchmean", log_target=True
+        )
     torch.testing.assert_close(loss, by_hand)
     loss.backward()
     assert all(model.classifier.weight.grad is not None for model in (student, *peers))
@@ -367,7 +393,9 @@ def test_optimizer_groups(tmp_path):
         "s", [Match("hidden_mse", "hidden.1", projection="fit")], source=Frozen(tiny.bert()),
         groups=[Group(r"embeddings\.", freeze=True), Group(r"^projections\.", lr=0.5, weight_decay=0.25)],
     )  # fmt: skip
-    trainer = DistillTrainer(tiny.bert(1), stage, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=0.1))
+    trainer = DistillTrainer(
+        tiny.bert(1), stage, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=0.1)
+    )
     groups = trainer.create_optimizer().param_groups
     lrs = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     module = trainer.model

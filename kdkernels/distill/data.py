@@ -1,7 +1,8 @@
 """Texts for distillation: read, encode, and an order that is a pure function of (seed, epochs, global batch).
 
-The order of the whole run is one list of indices, fixed before training. So a resumed run skips by counting, any number of
-processes sees the same global batches, and texts of similar length share a batch, which leaves little padding.
+The order of the whole run is one list of indices, fixed before training. So a resumed run skips by counting, any
+number of processes sees the same global batches, and texts of similar length share a batch, which leaves little
+padding.
 """
 
 import json
@@ -26,7 +27,9 @@ def read(path: str, labels: str = "none") -> list[dict]:
     if not file.is_file():
         raise DistillError(f"data file {path}: no such file")
     try:
-        lines = [(n, line.strip()) for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+        lines = [
+            (n, line.strip()) for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()
+        ]
     except UnicodeDecodeError as error:
         raise DistillError(f"data file {path}: not UTF-8 text ({error})") from error
     if not lines:
@@ -73,7 +76,10 @@ def encode(examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_len
     if any(pair is not None for pair in pairs) and None in pairs:
         raise DistillError(f"data: example {pairs.index(None) + 1} has no text_pair but others do")
     encoded = tokenizer(
-        [example["text"] for example in examples], None if None in pairs else pairs, truncation=True, max_length=max_length
+        [example["text"] for example in examples],
+        None if None in pairs else pairs,
+        truncation=True,
+        max_length=max_length,
     )
     rows = [{name: values[i] for name, values in encoded.items()} | {"index": i} for i in range(len(examples))]
     for row, example in zip(rows, examples, strict=True):
@@ -83,7 +89,9 @@ def encode(examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase, max_len
 
 
 def order(lengths: Sequence[int], batch: int, epochs: float, seed: int) -> list[int]:
-    """Indices of all batches of a run, `batch` texts each. Every epoch shuffles anew and leaves out a remainder below one batch."""
+    """Indices of all batches of a run, `batch` texts each. Every epoch shuffles anew and leaves out a remainder below
+    one batch.
+    """
     if batch > len(lengths):
         raise DistillError(f"batch_size {batch} is larger than the {len(lengths)} training texts")
     per_epoch = len(lengths) // batch

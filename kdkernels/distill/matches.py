@@ -1,8 +1,9 @@
 """Matches: which tensor of the student is compared with which of the teacher, by which loss, with which weight.
 
-Every loss is a mean over a unit (real tokens, sequences, labelled rows or pairs of real tokens). A global batch is split over
-processes and accumulation steps that hold different numbers of units, and the mean of their means is not the global mean. So a
-match returns mean x (units here / units in the global batch), and those terms sum to the loss of the whole batch.
+Every loss is a mean over a unit (real tokens, sequences, labelled rows or pairs of real tokens). A global batch is
+split over processes and accumulation steps that hold different numbers of units, and the mean of their means is not
+the global mean. So a match returns mean x (units here / units in the global batch), and those terms sum to the loss of
+the whole batch.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ _losses = functional
 
 @contextmanager
 def losses_from(module):
-    """Computes matches with another module's losses inside, such as `kdkernels.reference`: how the demo times eager losses."""
+    """Inside, matches call another module's losses, such as `kdkernels.reference`: how the demo times eager ones."""
     global _losses
     before, _losses = _losses, module
     try:
@@ -36,11 +37,12 @@ def losses_from(module):
 class Match:
     """One term of a stage's loss: weight x op(student tap, teacher tap).
 
-    op: a name in OPS. student, teacher: a tap or a list of taps (as many on both sides; their losses are summed); `teacher`
-    defaults to `student`. weight: a number or a schedule. projection: the name of a trained Linear from the student's width to the
-    teacher's, for hidden_mse; matches with the same name share it. mask: "tokens" (the batch's attention_mask), "labels" (also
-    only where labels are not -100) or "none". gate: a schedule; where it is 0 the term is not computed at all. options: keyword
-    arguments of the op; numbers may be schedules; kd_loss takes `labels: true` to add the batch's labels.
+    op: a name in OPS. student, teacher: a tap or a list of taps (as many on both sides; their losses are summed);
+    `teacher` defaults to `student`. weight: a number or a schedule. projection: the name of a trained Linear from the
+    student's width to the teacher's, for hidden_mse; matches with the same name share it. mask: "tokens" (the batch's
+    attention_mask), "labels" (also only where labels are not -100) or "none". gate: a schedule; where it is 0 the term
+    is not computed at all. options: keyword arguments of the op; numbers may be schedules; kd_loss takes `labels:
+    true` to add the batch's labels.
     """
 
     op: str
@@ -60,7 +62,9 @@ class Match:
         if self.projection is not None and self.op != "hidden_mse":
             raise DistillError(f"a projection belongs to hidden_mse, not to {self.op}")
         if len(self.student_taps) != len(self.teacher_taps):
-            raise DistillError(f"{self.op}: {len(self.student_taps)} student taps, {len(self.teacher_taps)} teacher taps")
+            raise DistillError(
+                f"{self.op}: {len(self.student_taps)} student taps, {len(self.teacher_taps)} teacher taps"
+            )
         for tap in (*self.student_taps, *self.teacher_taps):
             parse(tap)
 
@@ -77,8 +81,10 @@ class Match:
         """Whether this match takes part at this step."""
         return self.gate is None or bool(at(self.gate, step))
 
-    def loss(self, student: dict, teacher: dict, batch: dict, projections: nn.ModuleDict, step: int) -> tuple[torch.Tensor, str]:
-        """The weighted loss, a scalar, and the unit that it is a mean over. Raises DistillError with both shapes on a mismatch."""
+    def loss(
+        self, student: dict, teacher: dict, batch: dict, projections: nn.ModuleDict, step: int
+    ) -> tuple[torch.Tensor, str]:
+        """The weighted loss, a scalar, and the unit that it is a mean over. A mismatch raises with both shapes."""
         pairs = [(student[s], teacher[t]) for s, t in zip(self.student_taps, self.teacher_taps, strict=True)]
         for (s, t), names in zip(pairs, zip(self.student_taps, self.teacher_taps, strict=True), strict=True):
             self._check(s, t, names)
@@ -97,7 +103,8 @@ class Match:
             what = _mismatch(self.op, s.shape, t.shape, projected=self.projection is not None)
             if what:
                 raise DistillError(
-                    f"{self.op}: the {what}: student tap {names[0]!r} {list(s.shape)}, teacher tap {names[1]!r} {list(t.shape)}"
+                    f"{self.op}: the {what}: student tap {names[0]!r} {list(s.shape)}, "
+                    f"teacher tap {names[1]!r} {list(t.shape)}"
                 )
 
     def __str__(self) -> str:
@@ -198,9 +205,17 @@ class Op:
 
 
 OPS = {
-    "kd_loss": Op(_kd_loss, "T^2 KL(softmax(t/T) || softmax(s/T)), mean over rows; with labels alpha soft + (1 - alpha) CE(s, y)"),
+    "kd_loss": Op(
+        _kd_loss, "T^2 KL(softmax(t/T) || softmax(s/T)), mean over rows; with labels alpha soft + (1 - alpha) CE(s, y)"
+    ),
     "hidden_mse": Op(_hidden_mse, "sum over layers of mean((W s + b - t)^2) over real tokens x width"),
-    "relation_kl": Op(_relation_kl, "sum over taps of KL(softmax(t t^T/sqrt d) || softmax(s s^T/sqrt d)), mean over real rows"),
-    "attention_kl": Op(_attention("attention_kl", "tokens"), "KL of teacher to student attention map, mean over real rows"),
-    "attention_mse": Op(_attention("attention_mse", "pairs"), "mean over real pairs of the squared difference of attention scores"),
+    "relation_kl": Op(
+        _relation_kl, "sum over taps of KL(softmax(t t^T/sqrt d) || softmax(s s^T/sqrt d)), mean over real rows"
+    ),
+    "attention_kl": Op(
+        _attention("attention_kl", "tokens"), "KL of teacher to student attention map, mean over real rows"
+    ),
+    "attention_mse": Op(
+        _attention("attention_mse", "pairs"), "mean over real pairs of the squared difference of attention scores"
+    ),
 }

@@ -6,8 +6,8 @@
     output/stage-1-NAME/log.json      losses by step
     output/student                    the result, a plain transformers folder
 
-Started again with the same arguments, it goes on from the last checkpoint and ends with the same numbers: data order, random
-state, optimiser, projections and stage are all restored or recomputed from the seed.
+Started again with the same arguments, it goes on from the last checkpoint and ends with the same numbers: data order,
+random state, optimiser, projections and stage are all restored or recomputed from the seed.
 """
 
 import json
@@ -33,14 +33,21 @@ from .checkpoints import export, latest, write_text
 from .data import Ordered, collator, encode
 from .errors import DistillError, unknown
 from .sources import Cached, Frozen, Mean, Source
-from .stages import Recipe, Stage
+from .stages import Recipe
 from .trainer import DistillTrainer
 
 # What the runner itself decides; a config cannot set these.
 OWN_ARGUMENTS = ("output_dir", "seed", "data_seed", "per_device_train_batch_size", "num_train_epochs", "max_steps",
                  "train_sampling_strategy", "remove_unused_columns", "resume_from_checkpoint", "report_to")  # fmt: skip
 TRAINING_ARGUMENTS = {f.name: f for f in fields(TrainingArguments) if f.init and f.name not in OWN_ARGUMENTS}
-_DEFAULTS = {"disable_tqdm": False, "logging_steps": 10, "save_steps": 100, "save_total_limit": 2, "lr_scheduler_type": "linear", "warmup_steps": 0.1}
+_DEFAULTS = {
+    "disable_tqdm": False,
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+}
 
 
 @dataclass
@@ -62,7 +69,9 @@ def load(name: str, head: bool = False, what: str = "teacher") -> PreTrainedMode
     try:
         return auto.from_pretrained(name, dtype="float32")
     except (OSError, ValueError, KeyError) as error:
-        raise DistillError(f"{what} {name!r}: not a model folder or Hugging Face name that loads ({_first(error)})") from error
+        raise DistillError(
+            f"{what} {name!r}: not a model folder or Hugging Face name that loads ({_first(error)})"
+        ) from error
     except Exception as error:
         # safetensors and torch each raise their own class for a damaged file.
         raise DistillError(f"{what} {name!r}: corrupt or unreadable ({_first(error)})") from error
@@ -89,11 +98,13 @@ def run(
 ) -> PreTrainedModel:
     """Runs every stage that is not finished yet and returns the student, also written to output/student.
 
-    Under torchrun every process calls this. fresh: delete what an earlier run left in `output` first. student: a function that makes the untrained student; default: the recipe's surgery on the last stage's teacher. identity: what
-    must not change between a run and its continuation.
+    Under torchrun every process calls this. fresh: delete what an earlier run left in `output` first. student: a
+    function that makes the untrained student; default: the recipe's surgery on the last stage's teacher. identity:
+    what must not change between a run and its continuation.
     """
     output = Path(output)
-    # Said once and for all stages: TrainingArguments and accelerate do not find gloo by themselves where there is no accelerator.
+    # Said once and for all stages: TrainingArguments and accelerate do not find gloo by themselves where there is no
+    # accelerator.
     use_cpu = not torch.accelerator.is_available() or any(plan.training.get("use_cpu") for plan in stages)
     state = PartialState(cpu=use_cpu)
     if state.is_main_process:
@@ -104,7 +115,9 @@ def run(
     record, text = output / "run.json", json.dumps(identity or {}, indent=1, sort_keys=True, default=str)
     _same_run(output, record, text)
     tokenizer = load_tokenizer(tokenizer)
-    exports = [output / f"stage-{n}-{s.name}" / "student" for n, s in enumerate(recipe.stages[:-1], 1)] + [output / "student"]
+    exports = [output / f"stage-{n}-{s.name}" / "student" for n, s in enumerate(recipe.stages[:-1], 1)] + [
+        output / "student"
+    ]
     done = max((n for n, folder in enumerate(exports, 1) if folder.is_dir()), default=0)
     for number, (stage, plan) in enumerate(zip(recipe.stages, stages, strict=True), 1):
         if number <= done:
@@ -139,16 +152,20 @@ def _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callb
     accumulation, processes = settings.get("gradient_accumulation_steps", 1), PartialState().num_processes
     if plan.batch_size % (accumulation * processes):
         raise DistillError(
-            f"batch_size {plan.batch_size} is the batch of one optimiser step over all processes: it must be a multiple of "
-            f"{processes} processes x {accumulation} gradient_accumulation_steps"
+            f"batch_size {plan.batch_size} is the batch of one optimiser step over all processes: it must be a multiple "
+            f"of {processes} processes x {accumulation} gradient_accumulation_steps"
         )
     source = _source(recipe, stage, plan, tokenizer, folder)
-    longest = min(m.max_position_embeddings for m in (model.config, source.config) if hasattr(m, "max_position_embeddings"))
+    longest = min(
+        m.max_position_embeddings for m in (model.config, source.config) if hasattr(m, "max_position_embeddings")
+    )
     if plan.max_length > longest:
         raise DistillError(f"max_length {plan.max_length}: student and teacher take at most {longest} tokens")
     rows = encode(plan.examples, tokenizer, plan.max_length)
     if stage.needs_labels and not all("label" in row for row in rows):
-        raise DistillError(f"stage {stage.name!r} needs a label for every text; the data has none (labels: leading, or .jsonl)")
+        raise DistillError(
+            f"stage {stage.name!r} needs a label for every text; the data has none (labels: leading, or .jsonl)"
+        )
     classes = model.config.num_labels
     if stage.needs_labels and not all(row["label"] in (-100, *range(classes)) for row in rows):
         wrong = next(row["label"] for row in rows if row["label"] not in (-100, *range(classes)))
@@ -203,7 +220,8 @@ def _same_run(output: Path, record: Path, text: str) -> None:
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if changed:
             raise DistillError(
-                f"output {output}: holds a run with another {', '.join(changed)}; give another output folder, or --fresh to start over"
+                f"output {output}: holds a run with another {', '.join(changed)}; give another output folder, "
+                "or --fresh to start over"
             )
 
 

@@ -1,6 +1,7 @@
 """Schedules: functions step -> float, accepted wherever a match or an option takes a number.
 
-Each is a frozen dataclass, so that a recipe stays data and prints itself. `step` is the optimiser step of the running stage.
+Each is a frozen dataclass, so that a recipe stays data and prints itself. `step` is the optimiser step of the running
+stage.
 """
 
 import math
@@ -42,7 +43,9 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Piecewise:
-    """values[i] from step boundaries[i - 1] on; one value more than boundaries. As a gate it picks phases of a training."""
+    """values[i] from step boundaries[i - 1] on; one value more than boundaries. As a gate it picks phases of a
+    training.
+    """
 
     boundaries: tuple[int, ...]
     values: tuple[float, ...]

@@ -1,4 +1,5 @@
-"""Sources: where a stage's teacher tensors come from. A callable: teacher tap names + batch + student taps -> teacher tensors.
+"""Sources: where a stage's teacher tensors come from. A callable: teacher tap names + batch + student taps -> teacher
+tensors.
 
     Frozen(model)          one trained teacher
     Mean([models])         the mean of several teachers, of logits or of probabilities
@@ -7,8 +8,8 @@
     Snapshot(cycle)        the student as it was at the last multiple of `cycle` steps
     Peers([models])        students that learn together: each from the mean of the others
 
-`module` is what belongs into checkpoints beside the student (snapshots, peers), or None. Teachers are in eval mode, without
-gradients, and outside of `module`: they are neither trained, nor checkpointed, nor wrapped by DDP.
+`module` is what belongs into checkpoints beside the student (snapshots, peers), or None. Teachers are in eval mode,
+without gradients, and outside of `module`: they are neither trained, nor checkpointed, nor wrapped by DDP.
 """
 
 import copy
@@ -42,7 +43,9 @@ class Source:
         """Moves the teachers."""
 
     def taps(self, names: list[str], batch: dict, students: list[dict], index: int, step: int) -> dict[str, Tapped]:
-        """Teacher tensors for network `index`. `students` holds the taps of the student (0) and of its peers (1, ...)."""
+        """Teacher tensors for network `index`. `students` holds the taps of the student (0) and of its peers (1,
+        ...).
+        """
         raise NotImplementedError
 
 
@@ -60,7 +63,9 @@ class Frozen(Source):
 
 
 class Mean(Source):
-    """of="values" averages every tap; of="probs" averages the softmax of logits (and returns its logarithm, a logit again)."""
+    """of="values" averages every tap; of="probs" averages the softmax of logits (and returns its logarithm, a logit
+    again).
+    """
 
     def __init__(self, models: Sequence[PreTrainedModel], of: str = "values"):
         if of not in ("values", "probs"):
@@ -76,7 +81,9 @@ class Mean(Source):
 
     def taps(self, names, batch, students, index, step):
         with torch.no_grad():
-            return _mean([source.taps(names, batch, students, index, step) for source in self.sources], self.of == "probs")
+            return _mean(
+                [source.taps(names, batch, students, index, step) for source in self.sources], self.of == "probs"
+            )
 
 
 class SelfBranch(Source):
@@ -118,7 +125,8 @@ class Peers(Source):
 
 
 class Cached(Source):
-    """Reads a file that `Cached.write` made. Batches need a column `index`, the example's number in the written data set.
+    """Reads a file that `Cached.write` made. Batches need a column `index`, the example's number in the written data
+    set.
 
     Tensors lie example after example, cut to the example's real tokens: tap -> [rows, ...], with `offsets` saying where
     each example starts. The file is memory-mapped.
@@ -132,13 +140,17 @@ class Cached(Source):
         except FileNotFoundError:
             raise DistillError(f"teacher cache {path}: no such file") from None
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise DistillError(f"teacher cache {path}: not a cache or corrupt ({error}); delete it to have it written again") from error
+            raise DistillError(
+                f"teacher cache {path}: not a cache or corrupt ({error}); delete it to have it written again"
+            ) from error
         self.offsets = {name: self.file.get_tensor(f"{name}/offsets").tolist() for name in self.names}
         self.device = "cpu"
 
     @staticmethod
     def write(path: str | os.PathLike, source: Source, names: Sequence[str], batches) -> "Cached":
-        """Runs `source` over `batches` (dicts of tensors, examples in order) and writes the file whole or not at all."""
+        """Runs `source` over `batches` (dicts of tensors, examples in order) and writes the file whole or not at
+        all.
+        """
         names = [part for name in names for part in _single(name)]
         parts = {name: [] for name in names}
         for batch in batches:
@@ -146,7 +158,9 @@ class Cached(Source):
             ends = _ends(batch)
             for name in names:
                 value = _rows_first(name, taps[name]).cpu()
-                parts[name] += [row[:end] if by_token(name, value) else row[None] for row, end in zip(value, ends, strict=True)]
+                parts[name] += [
+                    row[:end] if by_token(name, value) else row[None] for row, end in zip(value, ends, strict=True)
+                ]
         tensors = {}
         for name, rows in parts.items():
             tensors[name] = torch.cat(rows).contiguous()
@@ -175,7 +189,9 @@ class Cached(Source):
         rows, offsets = self.file.get_slice(name), self.offsets[name]
         examples = batch["index"].tolist()
         if max(examples) >= self.examples:
-            raise DistillError(f"the teacher cache holds {self.examples} examples, number {max(examples)} was asked for")
+            raise DistillError(
+                f"the teacher cache holds {self.examples} examples, number {max(examples)} was asked for"
+            )
         values = [rows[offsets[i] : offsets[i + 1]] for i in examples]
         width = batch["input_ids"].shape[1]
         if not by_token(name, None) and all(len(value) == 1 for value in values):

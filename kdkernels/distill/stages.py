@@ -1,4 +1,6 @@
-"""Stages and recipes: a stage is what one training run optimises, a recipe is surgery and then stages. Both are data."""
+"""Stages and recipes: a stage is what one training run optimises, a recipe is surgery and then stages. Both are
+data.
+"""
 
 import inspect
 import re
@@ -15,9 +17,11 @@ from .sources import Source
 
 @dataclass(frozen=True)
 class Group:
-    """Optimiser settings of the parameters whose name matches `pattern` (a regular expression, searched; first group wins).
+    """Optimiser settings of the parameters whose name matches `pattern` (a regular expression, searched; first group
+    wins).
 
-    Names start with "student.", "projections." or "companions.". lr and weight_decay replace the trainer's; freeze excludes.
+    Names start with "student.", "projections." or "companions.". lr and weight_decay replace the trainer's; freeze
+    excludes.
     """
 
     pattern: str
@@ -36,9 +40,10 @@ class Group:
 class Stage:
     """One training run: data, source, matches, optimiser groups, hooks.
 
-    data: a data set of encoded examples, source: where the teacher's tensors come from; the runner fills both. matches: the loss.
-    groups: optimiser groups. hooks: transformers callbacks. training: settings of transformers.TrainingArguments that belong to
-    the recipe (a config may override them), and `epochs`.
+    data: a data set of encoded examples, source: where the teacher's tensors come from; the runner fills both.
+    matches: the loss.
+    groups: optimiser groups. hooks: transformers callbacks. training: settings of transformers.TrainingArguments that
+    belong to the recipe (a config may override them), and `epochs`.
     """
 
     name: str
@@ -74,12 +79,16 @@ class Stage:
     def objective(self) -> str:
         """The loss as text: one line a match, then the formula of each op."""
         lines = [f"  loss = {self.matches[0]}", *(f"       + {match}" for match in self.matches[1:])]
-        return "\n".join(lines + [f"  {op}: {OPS[op].formula}" for op in dict.fromkeys(match.op for match in self.matches)])
+        return "\n".join(
+            lines + [f"  {op}: {OPS[op].formula}" for op in dict.fromkeys(match.op for match in self.matches)]
+        )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """surgery: functions model -> model, applied to a copy of the teacher to make the student. head: the student has a task head."""
+    """surgery: functions model -> model, applied to a copy of the teacher to make the student. head: the student has a
+    task head.
+    """
 
     name: str
     stages: Sequence[Stage]

@@ -1,7 +1,8 @@
 """Surgery: pure functions that make a student out of a model. The given model is never changed.
 
-Layers are found by the model's own structure (the ModuleList as long as config.num_hidden_layers), so one function serves BERT,
-RoBERTa, DistilBERT, MobileBERT and ModernBERT; ALBERT, whose layers are one shared module, only changes its count.
+Layers are found by the model's own structure (the ModuleList as long as config.num_hidden_layers), so one function
+serves BERT, RoBERTa, DistilBERT, MobileBERT and ModernBERT; ALBERT, whose layers are one shared module, only changes
+its count.
 """
 
 import copy
@@ -15,9 +16,11 @@ from .errors import DistillError
 
 
 def take_layers(model: PreTrainedModel, layers: Sequence[int] | int) -> PreTrainedModel:
-    """A copy with only the given encoder layers, in the given order; an int k takes k layers evenly spaced, ending with the last.
+    """A copy with only the given encoder layers, in the given order; an int k takes k layers evenly spaced, ending
+    with the last.
 
-    12 layers, k = 6: layers 1, 3, 5, 7, 9, 11 (0-based), the g(m) = m N / M map of TinyBERT and PKD. Embeddings and head stay.
+    12 layers, k = 6: layers 1, 3, 5, 7, 9, 11 (0-based), the g(m) = m N / M map of TinyBERT and PKD. Embeddings and
+    head stay.
     """
     total = model.config.num_hidden_layers
     chosen = evenly(layers, total) if isinstance(layers, int) else [int(i) for i in layers]
@@ -32,7 +35,9 @@ def take_layers(model: PreTrainedModel, layers: Sequence[int] | int) -> PreTrain
         raise DistillError(f"take_layers: ALBERT with {shared} layer groups has no single layers to take")
     if shared is None:
         if len(stacks) != 1:
-            raise DistillError(f"take_layers: {type(model).__name__} has {len(stacks)} stacks of {total} layers, one is needed")
+            raise DistillError(
+                f"take_layers: {type(model).__name__} has {len(stacks)} stacks of {total} layers, one is needed"
+            )
         owner, _, name = stacks[0].rpartition(".")
         stack = student.get_submodule(stacks[0])
         # Layers that are taken twice must not share parameters, hence the copies; the one config stays one object.
@@ -67,13 +72,15 @@ def fresh(model: PreTrainedModel, **changes) -> PreTrainedModel:
         setattr(config, name, value)
     if config.hidden_size % config.num_attention_heads:
         raise DistillError(
-            f"fresh: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
+            f"fresh: hidden_size {config.hidden_size} is not a multiple of the {config.num_attention_heads} attention heads"
         )
     return type(model)(config).to(next(model.parameters()).dtype)
 
 
 def set_dropout(model: PreTrainedModel, p: float) -> PreTrainedModel:
-    """A copy whose dropout probabilities, in modules and config, are all `p`. 0 makes a training step a pure function of its batch."""
+    """A copy whose dropout probabilities, in modules and config, are all `p`. 0 makes a training step a pure function
+    of its batch.
+    """
     student = copy.deepcopy(model)
     for module in student.modules():
         if isinstance(module, nn.Dropout):

@@ -1,15 +1,16 @@
 """Taps: strings that name tensors inside a transformers encoder, collected during one ordinary forward pass.
 
-    "hidden.i"               [B, N, D]     hidden state i: 0 = embedding output, i = output of layer i; negative counts from the end
-    "cls.i"                  [B, D]        its first token
-    "embedding"              [B, D]        sentence embedding: mean of the last hidden state over real tokens, L2-normalised
-    "logits"                 [B, C] or [B, N, V]   output of the model's head
-    "q.i", "k.i", "v.i"      [B, H, N, d]  queries, keys, values of attention layer i (0 = first, -1 = last)
-    "qk.i", "qkv.i"          tuples of those
+    "hidden.i"           [B, N, D]     hidden state i: 0 = embeddings, i = output of layer i; negative from the end
+    "cls.i"              [B, D]        its first token
+    "embedding"          [B, D]        sentence embedding: last hidden state, mean over real tokens, L2-normalised
+    "logits"             [B, C] or [B, N, V]   output of the model's head
+    "q.i", "k.i", "v.i"  [B, H, N, d]  queries, keys, values of attention layer i (0 = first, -1 = last)
+    "qk.i", "qkv.i"      tuples of those
 
-q, k and v come from a function registered with transformers' AttentionInterface that keeps its arguments and calls sdpa. So no
-attention map is ever asked for, sdpa stays on, and every architecture that dispatches through the interface works unchanged.
-Layers are counted by call, not by module, because ALBERT runs one module many times. Nothing is kept that was not asked for.
+q, k and v come from a function registered with transformers' AttentionInterface that keeps its arguments and calls
+sdpa. So no attention map is ever asked for, sdpa stays on, and every architecture that dispatches through the
+interface works unchanged. Layers are counted by call, not by module, because ALBERT runs one module many times.
+Nothing is kept that was not asked for.
 """
 
 import inspect
@@ -59,7 +60,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 def parse(name: str) -> tuple[str, int | None]:
-    """"hidden.3" -> ("hidden", 3); "logits" -> ("logits", None). Raises DistillError on anything that is not a tap."""
+    """ "hidden.3" -> ("hidden", 3); "logits" -> ("logits", None). Raises DistillError on anything that is not a tap."""
     kind, _, layer = str(name).partition(".")
     if name in _WHOLE:
         return name, None
@@ -74,8 +75,9 @@ def parse(name: str) -> tuple[str, int | None]:
 def collect(model: PreTrainedModel, batch: dict, names: Iterable[str]) -> dict[str, Tapped]:
     """One forward pass of `model` over `batch`; returns exactly the tensors that `names` name.
 
-    Keys of the batch that the model does not take (labels, and token types for DistilBERT) are left out. Raises DistillError
-    for a layer that the model does not have, a model without a head ("logits") or one that bypasses AttentionInterface.
+    Keys of the batch that the model does not take (labels, and token types for DistilBERT) are left out. Raises
+    DistillError for a layer that the model does not have, a model without a head ("logits") or one that bypasses
+    AttentionInterface.
     """
     wanted = {name: parse(name) for name in names}
     layers = model.config.num_hidden_layers
@@ -90,8 +92,8 @@ def collect(model: PreTrainedModel, batch: dict, names: Iterable[str]) -> dict[s
     missing = attention - recorder.kept.keys()
     if missing or (attention and recorder.calls != layers):
         raise DistillError(
-            f"{type(model).__name__} made {recorder.calls} calls to transformers' AttentionInterface for its {layers} layers; "
-            "taps of q, k and v need one call a layer (BERT, RoBERTa, DistilBERT, ALBERT, MobileBERT and the like)"
+            f"{type(model).__name__} made {recorder.calls} calls to transformers' AttentionInterface for its {layers} "
+            "layers; taps of q, k and v need one call a layer (BERT, RoBERTa, DistilBERT, ALBERT, MobileBERT and the like)"
         )
     return {n: _pick(n, kind, i, layers, outputs, recorder, batch) for n, (kind, i) in wanted.items()}
 
@@ -111,7 +113,9 @@ def _forward(model, inputs, hidden, recorder):
 def _pick(name, kind, i, layers, outputs, recorder, batch) -> Tapped:
     if kind == "logits":
         if "logits" not in outputs:
-            raise DistillError(f"tap 'logits' needs a model with a head, but this one returns only {', '.join(outputs)}")
+            raise DistillError(
+                f"tap 'logits' needs a model with a head, but this one returns only {', '.join(outputs)}"
+            )
         return outputs["logits"]
     if kind == "embedding":
         return mean_pool(outputs["hidden_states"][-1], batch.get("attention_mask"))
@@ -130,7 +134,9 @@ def _layer(name, i, count, model) -> int:
 
 
 def mean_pool(hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Sentence embeddings of sentence-transformers' MiniLM models: mean over real tokens, then L2. [B, N, D] -> [B, D]."""
+    """Sentence embeddings of sentence-transformers' MiniLM models: mean over real tokens, then L2. [B, N, D] -> [B,
+    D].
+    """
     if mask is None:
         mean = hidden.mean(1)
     else:

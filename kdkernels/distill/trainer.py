@@ -1,12 +1,14 @@
 """DistillTrainer: transformers.Trainer with taps, a source and matches in place of a task loss.
 
-The Trainer trains one module, `Distillation`: the student, the stage's projections and, for some sources, their companions
-(peers, a snapshot). Its forward returns the loss itself. So DDP and FSDP see every trained parameter and find the unused ones from
-the loss; mixed precision covers teacher and losses; and what is exported is the student alone.
+The Trainer trains one module, `Distillation`: the student, the stage's projections and, for some sources, their
+companions (peers, a snapshot). Its forward returns the loss itself. So DDP and FSDP see every trained parameter and
+find the unused ones from the loss; mixed precision covers teacher and losses; and what is exported is the student
+alone.
 
-Overridden, and why: compute_loss and _get_num_items_in_batch (losses are means over the *global* batch, see matches.py),
-create_optimizer (groups), log (the terms of the loss), _save / _load_from_checkpoint / _load_best_model (the student as a plain
-transformers folder, the rest beside it) and _save_checkpoint (a checkpoint appears whole or not at all).
+Overridden, and why: compute_loss and _get_num_items_in_batch (losses are means over the *global* batch, see
+matches.py), create_optimizer (groups), log (the terms of the loss), _save / _load_from_checkpoint / _load_best_model
+(the student as a plain transformers folder, the rest beside it) and _save_checkpoint (a checkpoint appears whole or
+not at all).
 """
 
 import os
@@ -38,7 +40,9 @@ class Distillation(nn.Module):
         self.companions = nn.ModuleList() if stage.source.module is None else stage.source.module
 
     def forward(self, return_loss=True, step=0, totals=None, processes=1, **batch):
-        """totals: units of the global batch, as `count` gives them; None = this batch is the whole. parts: each match's share."""
+        """totals: units of the global batch, as `count` gives them; None = this batch is the whole. parts: each
+        match's share.
+        """
         stage = self.stage
         matches = [match for match in stage.matches if match.open(step)]
         student_names = {tap for match in matches for tap in match.student_taps}
@@ -60,7 +64,8 @@ class Distillation(nn.Module):
 
 
 class DistillTrainer(Trainer):
-    """Trains `student` on `stage`. Everything else is the Trainer's: args, callbacks, evaluation, resume, torchrun, accelerate.
+    """Trains `student` on `stage`. Everything else is the Trainer's: args, callbacks, evaluation, resume, torchrun,
+    accelerate.
 
     train_dataset defaults to stage.data. Raises DistillError when student and teacher do not share a vocabulary.
     """
@@ -71,8 +76,8 @@ class DistillTrainer(Trainer):
         teacher = stage.source.config
         if teacher is not None and teacher.vocab_size != student.config.vocab_size:
             raise DistillError(
-                f"one tokenizer serves both models, but the vocabularies differ: student [{student.config.vocab_size}], "
-                f"teacher [{teacher.vocab_size}]"
+                "one tokenizer serves both models, but the vocabularies differ: "
+                f"student [{student.config.vocab_size}], teacher [{teacher.vocab_size}]"
             )
         args = args or TrainingArguments()
         args.remove_unused_columns = False  # the module takes the whole batch
@@ -137,7 +142,10 @@ class DistillTrainer(Trainer):
         if "loss" in logs and self._parts is not None and len(self.stage.matches) > 1:
             steps = max(self.state.global_step - self._parts_since, 1)
             parts = self.accelerator.reduce(self._parts, "mean") / steps
-            logs |= {f"loss_{i}_{match.op}": part for i, (match, part) in enumerate(zip(self.stage.matches, parts.tolist(), strict=True))}
+            logs |= {
+                f"loss_{i}_{match.op}": part
+                for i, (match, part) in enumerate(zip(self.stage.matches, parts.tolist(), strict=True))
+            }
             self._parts = None
         super().log(logs, start_time)
 
@@ -156,7 +164,9 @@ class DistillTrainer(Trainer):
         save_file(rest, output_dir / STAGE_FILE)
 
     def _save_checkpoint(self, model, trial):
-        """The Trainer's checkpoint, written to a folder beside and renamed: a kill at any moment leaves no half of one."""
+        """The Trainer's checkpoint, written to a folder beside and renamed: a kill at any moment leaves no half of
+        one.
+        """
         folder = Path(super()._get_output_dir(trial))
         self._unfinished = folder / "unfinished"
         if self.args.should_save:
@@ -199,8 +209,8 @@ class DistillTrainer(Trainer):
         own = {name for name in module.state_dict() if not name.startswith("student.")}
         if rest.keys() != own:
             raise DistillError(
-                f"checkpoint {resume_from_checkpoint}: {STAGE_FILE} is of another stage: it holds {sorted(rest) or 'nothing'}, "
-                f"this stage needs {sorted(own) or 'nothing'}"
+                f"checkpoint {resume_from_checkpoint}: {STAGE_FILE} is of another stage: it holds "
+                f"{sorted(rest) or 'nothing'}, this stage needs {sorted(own) or 'nothing'}"
             )
         module.load_state_dict(rest, strict=False)
 

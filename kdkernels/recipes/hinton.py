@@ -2,7 +2,8 @@
 
     alpha T^2 KL(softmax(t/T) || softmax(s/T)) + (1 - alpha) CE(s, y)
 
-in one kernel. The student is every other layer of the teacher unless `layers` says otherwise; alpha = 1 needs no labels.
+in one kernel. The student is every other layer of the teacher unless `layers` says otherwise; alpha = 1 needs no
+labels.
 """
 
 from functools import partial
@@ -20,5 +21,9 @@ def hinton(teacher: PreTrainedConfig, *, layers=None, temperature=4.0, alpha=0.5
         name="hinton",
         head=True,
         surgery=[partial(take_layers, layers=layers)],
-        stages=[Stage("logits", [Match("kd_loss", "logits", options=options)], training={"learning_rate": 5e-5, "epochs": 3})],
+        stages=[
+            Stage(
+                "logits", [Match("kd_loss", "logits", options=options)], training={"learning_rate": 5e-5, "epochs": 3}
+            )
+        ],
     )

@@ -4,9 +4,10 @@
     task      fine-tuned teacher, task text:     the same, constant learning rate
     predict   fine-tuned teacher, task text:     CE(softmax(t), log softmax(s)), T = 1, no hard labels
 
-g(m) = m N / M. One Linear (`fit`) projects all M + 1 hidden states, the embeddings' included, as in the authors' code. Two constants
-differ from it on purpose: padded queries do not count, and the soft cross-entropy is a mean over rows, not over rows x classes
-(multiply `predict`'s learning rate or weight to compensate). Give each stage its teacher under `stages`.
+g(m) = m N / M. One Linear (`fit`) projects all M + 1 hidden states, the embeddings' included, as in the authors' code.
+Two constants differ from it on purpose: padded queries do not count, and the soft cross-entropy is a mean over rows,
+not over rows x classes (multiply `predict`'s learning rate or weight to compensate). Give each stage its teacher under
+`stages`.
 """
 
 from functools import partial
@@ -20,9 +21,13 @@ from ..distill.errors import DistillError
 def tinybert(
     teacher: PreTrainedConfig, *, layers=4, hidden_size=312, intermediate_size=1200, general=True, task=True
 ) -> Recipe:
-    """general, task: false leaves that stage out. Teacher layers must be a multiple of `layers`, heads are the teacher's."""
+    """general, task: false leaves that stage out. Teacher layers must be a multiple of `layers`, heads are the
+    teacher's.
+    """
     if teacher.num_hidden_layers % layers:
-        raise DistillError(f"tinybert: the teacher's {teacher.num_hidden_layers} layers are not a multiple of layers {layers}")
+        raise DistillError(
+            f"tinybert: the teacher's {teacher.num_hidden_layers} layers are not a multiple of layers {layers}"
+        )
     step = teacher.num_hidden_layers // layers
     hidden = Match(
         "hidden_mse",
@@ -39,12 +44,16 @@ def tinybert(
     predict = Match("kd_loss", "logits", options={"kind": "ce", "temperature": 1.0})
     stages = [
         Stage("general", [scores, hidden], training={"learning_rate": 5e-5, "epochs": 3}),
-        Stage("task", [scores, hidden], training={"learning_rate": 5e-5, "epochs": 10, "lr_scheduler_type": "constant"}),
+        Stage(
+            "task", [scores, hidden], training={"learning_rate": 5e-5, "epochs": 10, "lr_scheduler_type": "constant"}
+        ),
         Stage("predict", [predict], training={"learning_rate": 3e-5, "epochs": 3}),
     ]
     return Recipe(
         name="tinybert",
         head=True,
-        surgery=[partial(fresh, num_hidden_layers=layers, hidden_size=hidden_size, intermediate_size=intermediate_size)],
+        surgery=[
+            partial(fresh, num_hidden_layers=layers, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        ],
         stages=[stage for stage, wanted in zip(stages, (general, task, True), strict=True) if wanted],
     )
