@@ -15,7 +15,6 @@ from kdkernels.distill.config import load_config
 
 from . import tiny
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -12,7 +12,6 @@ from kdkernels.distill import DistillError
 
 from . import tiny
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -130,6 +130,7 @@ def run(
             model = student() if student else recipe.student(load(stages[-1].teachers[0], recipe.head))
         folder = output / f"stage-{number}-{stage.name}"
         trainer = _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callbacks)
+        _try_losses(trainer)
         checkpoint = latest(folder)
         if state.is_main_process:
             write_text(record, text)
@@ -152,8 +153,8 @@ def _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callb
     accumulation, processes = settings.get("gradient_accumulation_steps", 1), PartialState().num_processes
     if plan.batch_size % (accumulation * processes):
         raise DistillError(
-            f"batch_size {plan.batch_size} is the batch of one optimiser step over all processes: it must be a multiple "
-            f"of {processes} processes x {accumulation} gradient_accumulation_steps"
+            f"batch_size {plan.batch_size} is the batch of one optimiser step over all processes: "
+            f"it must be a multiple of {processes} processes x {accumulation} gradient_accumulation_steps"
         )
     source = _source(recipe, stage, plan, tokenizer, folder)
     longest = min(
@@ -191,6 +192,14 @@ def _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callb
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Progress())
     return trainer
+
+
+@torch.no_grad()
+def _try_losses(trainer: DistillTrainer) -> None:
+    """The loss of two texts: shapes or options that do not fit are found before anything is written."""
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]]).to(trainer.args.device)
+    with torch.random.fork_rng():
+        trainer.model.eval()(**batch)
 
 
 def _source(recipe, stage, plan, tokenizer, folder) -> Source:

@@ -72,7 +72,7 @@ def fresh(model: PreTrainedModel, **changes) -> PreTrainedModel:
         setattr(config, name, value)
     if config.hidden_size % config.num_attention_heads:
         raise DistillError(
-            f"fresh: hidden_size {config.hidden_size} is not a multiple of the {config.num_attention_heads} attention heads"
+            f"fresh: hidden_size {config.hidden_size} is not a multiple of {config.num_attention_heads} attention heads"
         )
     return type(model)(config).to(next(model.parameters()).dtype)
 
