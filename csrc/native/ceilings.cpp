@@ -5,11 +5,20 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
 
 #include "cpu/isa.h"
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace kd::native {
 
@@ -79,15 +88,33 @@ double read(char* buffer, long bytes) {
   return static_cast<double>(bytes);
 }
 
-// Half the buffer to the other half: every byte is read once and written once.
+// Half the buffer to the other half: every byte is read once and written once. Streaming stores, since an ordinary store first
+// reads the line that it is to overwrite.
 double copy(char* buffer, long bytes) {
+#if defined(__x86_64__)
+  const __m128i* from = reinterpret_cast<const __m128i*>(buffer);
+  __m128i* to = reinterpret_cast<__m128i*>(buffer + bytes / 2);
+  for (long i = 0; i < bytes / 32; ++i) _mm_stream_si128(to + i, _mm_load_si128(from + i));
+  _mm_sfence();
+#else
   std::memcpy(buffer + bytes / 2, buffer, bytes / 2);
   asm volatile("" : : "r"(buffer) : "memory");
+#endif
   return static_cast<double>(bytes);
 }
 
-// Larger than any last-level cache that a thread could have for itself.
-constexpr long kBufferBytes = 256L << 20;
+// Larger than any last-level cache that a thread could have for itself, in huge pages where there are any: with small ones the
+// loops would measure page walks.
+constexpr long kBufferBytes = 256L << 20, kHugePage = 2L << 20;
+
+char* new_buffer() {
+  void* memory = std::aligned_alloc(kHugePage, kBufferBytes);
+  if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(memory, kBufferBytes, MADV_HUGEPAGE);  // a hint: failing changes nothing
+#endif
+  return static_cast<char*>(memory);
+}
 
 }  // namespace
 
@@ -113,15 +140,13 @@ const std::vector<Ceiling>& ceilings() {
 double measure(const Ceiling& ceiling, int threads, double seconds, int repeats) {
   using Clock = std::chrono::steady_clock;
   double best = 0;
-  std::vector<std::unique_ptr<char[]>> buffers(threads);
+  std::vector<std::unique_ptr<char, decltype(&std::free)>> buffers;
+  for (int t = 0; t < threads; ++t) buffers.emplace_back(ceiling.needs_memory ? new_buffer() : nullptr, std::free);
   for (int repeat = 0; repeat < repeats; ++repeat) {
     std::atomic<int> waiting{threads};
     std::vector<double> rates(threads);
     auto work = [&](int t) {
-      if (ceiling.needs_memory && !buffers[t]) {
-        buffers[t].reset(new char[kBufferBytes]);
-        std::memset(buffers[t].get(), 1, kBufferBytes);  // pages exist, on the memory nearest to this thread
-      }
+      if (buffers[t]) std::memset(buffers[t].get(), 1, kBufferBytes);  // the pages come to be, nearest to this thread
       ceiling.run(buffers[t].get(), kBufferBytes);  // clocks and caches settle
       for (--waiting; waiting > 0;) std::this_thread::yield();
       const auto start = Clock::now();
