@@ -1,15 +1,16 @@
-// Losses between two attention maps straight from queries and keys: KL, and mean squared error of probabilities.
+// Losses between two attention maps straight from queries and keys: KL, and mean squared error of probabilities or of scores.
 //
 //   x = scale q k^T over real keys, p = softmax(x)
 //   KL row:  sum_j p_t (x_t - x_s) - (lse_t - lse_s)     d/dx_s = p_s - p_t
 //   MSE row: sum_j (p_s - p_t)^2                         d/dx_s = 2 p_s (e - sum_j p_s e), e = p_s - p_t
+//   of scores: sum_j (x_s - x_t)^2                       d/dx_s = 2 (x_s - x_t)            (where attention_mse.inl cannot)
 //   dq = scale dx k, dk = scale dx^T q
 //
 // One item is one (batch, head). Its real tokens are packed (padding costs nothing afterwards), then rows of the maps are made in
 // blocks that fit the L2 cache: both scores, both softmaxes, the loss, dx in place, and dx goes into dq and dk while it is hot. So
 // the maps are computed once, in memory linear in N. Floor: 2 n^2 (d_s + d_t) + 4 n^2 d_s fp32 operations and 2 n^2 exponentials.
 //
-// Scores come out of the product in units of log 2 (the factor is in the packed queries), so that a softmax is exp2.
+// Before a softmax scores come out of the product in units of log 2 (the factor is in the packed queries), so that it is exp2.
 
 struct MapSizes {
   int64_t tokens, rows, columns;  // tokens; padded to whole tiles; the distance between rows of a map block
@@ -183,6 +184,27 @@ inline double mse_row(float* s, float* t, int64_t n, float weight) {
   return sum(squares);
 }
 
+template <bool kGrad>
+inline double scores_row(float* s, const float* t, int64_t n, float weight) {
+  vf squares = set1(0.0f);
+  const vf twice = set1(2 * weight);
+  for_vectors(n, [&](int64_t i, int64_t lanes) {
+    const vf e = load_up_to(s + i, lanes, 0) - load_up_to(t + i, lanes, 0);
+    squares = fma(e, e, squares);
+    if (kGrad) store_up_to(s + i, e * twice, lanes);
+  });
+  return sum(squares);
+}
+
+template <bool kGrad>
+inline double map_row(MapLoss kind, float* s, float* t, int64_t n, float weight) {
+  switch (kind) {
+    case MapLoss::kKl: return kl_row<kGrad>(s, t, n, weight);
+    case MapLoss::kMseProbs: return mse_row<kGrad>(s, t, n, weight);
+    default: return scores_row<kGrad>(s, t, n, weight);
+  }
+}
+
 inline float row_weight(const Attention& op, int64_t batch, int64_t head, int64_t token) {
   if (!op.row_weight) return op.grad_weight;
   return op.grad_weight * op.row_weight[batch * op.row_weight_stride_batch + head * op.row_weight_stride_head +
@@ -213,17 +235,19 @@ void attention_maps(const Attention& op, int64_t item, float* scratch) {
   map_buffers(op, size, scratch, buf);
   const int64_t n = real_tokens(op, batch, buf.token);
   const int64_t columns = round_up(n, W), key_rows = round_up(n, kRowPad);
-  const bool grad = op.grad_q || op.grad_k;
+  const bool grad = op.grad_q || op.grad_k, softmax = op.kind != MapLoss::kMseScores;
+  const float unit = softmax ? kLog2E : 1;
   float* losses = op.row_loss ? op.row_loss + item * op.tokens : nullptr;
   if (losses)
     for (int64_t i = 0; i < op.tokens; ++i) losses[i] = 0;
 
-  pack_rows(op.q_s, batch, head, buf.token, n, key_rows, op.scale_s * kLog2E, buf.q_s, size.depth_s, buf.row);
-  pack_rows(op.q_t, batch, head, buf.token, n, key_rows, op.scale_t * kLog2E, buf.q_t, op.q_t.size, buf.row);
+  pack_rows(op.q_s, batch, head, buf.token, n, key_rows, op.scale_s * unit, buf.q_s, size.depth_s, buf.row);
+  pack_rows(op.q_t, batch, head, buf.token, n, key_rows, op.scale_t * unit, buf.q_t, op.q_t.size, buf.row);
   pack_panels(op.k_s, batch, head, buf.token, n, buf.panels_s, buf.row);
   pack_panels(op.k_t, batch, head, buf.token, n, buf.panels_t, buf.row);
   if (grad) pack_rows(op.k_s, batch, head, buf.token, n, key_rows, 1, buf.k_s, size.depth_s, buf.row);
 
+  double total = 0;
   for (int64_t first = 0; first < n; first += size.block) {
     const int64_t rows = n - first < size.block ? n - first : size.block, padded = round_up(rows, kRowPad);
     gemm<false>(padded, columns, op.q_s.size, buf.q_s + first * size.depth_s, size.depth_s, 1, buf.panels_s, kPanel,
@@ -233,27 +257,25 @@ void attention_maps(const Attention& op, int64_t item, float* scratch) {
     for (int64_t r = 0; r < rows; ++r) {
       float *s = buf.map_s + r * size.columns, *t = buf.map_t + r * size.columns;
       const int64_t token = buf.token[first + r];
-      double loss;
-      if (op.kind == MapLoss::kKl) {
-        loss = grad ? kl_row<true>(s, t, n, row_weight(op, batch, head, token)) : kl_row<false>(s, t, n, 0);
-      } else {
-        loss = grad ? mse_row<true>(s, t, n, row_weight(op, batch, head, token)) : mse_row<false>(s, t, n, 0);
-      }
+      const double loss = grad ? map_row<true>(op.kind, s, t, n, row_weight(op, batch, head, token)) : map_row<false>(op.kind, s, t, n, 0);
       if (losses) losses[token] = static_cast<float>(loss);
+      total += loss;
     }
     if (!grad) continue;
     gemm<false>(padded, size.depth_s, n, buf.map_s, size.columns, 1, buf.k_s, size.depth_s, kPanel, buf.dq + first * size.depth_s,
                 size.depth_s);
-    const auto into_dk = first == 0 ? gemm<false> : gemm<true>;
+    const auto into_dk = first == 0 ? gemm<false, float> : gemm<true, float>;
     into_dk(key_rows, size.depth_s, rows, buf.map_s, 1, size.columns, buf.q_s + first * size.depth_s, size.depth_s, kPanel, buf.dk,
             size.depth_s);
   }
+  if (op.item_loss) op.item_loss[item] = total;
   if (!grad) return;
-  // The packed queries carry log2(e), which dk must lose again.
+  // What the packed queries carry, dk must lose again.
+  const float inverse_unit = softmax ? kLn2 : 1;
   if (op.grad_k) {
     write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, nullptr, 0, size.depth_s);
-    write_gradient(op, buf, batch, head, n, op.grad_k, op.grad_k_view, buf.dk, kLn2, nullptr, 0, size.depth_s);
+    write_gradient(op, buf, batch, head, n, op.grad_k, op.grad_k_view, buf.dk, inverse_unit, nullptr, 0, size.depth_s);
   } else {
-    write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, buf.dk, kLn2, size.depth_s);
+    write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, buf.dk, inverse_unit, size.depth_s);
   }
 }

@@ -1,4 +1,4 @@
-// Matrix products on tiles that stay in registers: C[M, N] (+)= A[M, K] B[K, N] in fp32, for operands that are already packed.
+// Matrix products on tiles that stay in registers: C[M, N] (+)= A[M, K] B[K, N] in fp32 or fp64, for operands that are already packed.
 //
 // A tile is kMr rows x kNv vectors of C; each step of k loads kNv vectors of B, broadcasts kMr numbers of A and issues kMr * kNv
 // FMAs. With 32 registers 24 accumulators leave room for B and a broadcast, and 10 loads against 24 FMAs keep the FMA units the
@@ -8,10 +8,13 @@
 
 #if defined(__AVX512F__)
 inline void fma_to(vf& acc, vf a, vf b) { asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+inline void fma_to(vd& acc, vd a, vd b) { asm("vfmadd231pd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 #elif defined(__AVX2__)
 inline void fma_to(vf& acc, vf a, vf b) { asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b)); }
+inline void fma_to(vd& acc, vd a, vd b) { asm("vfmadd231pd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b)); }
 #else
 inline void fma_to(vf& acc, vf a, vf b) { acc += a * b; }
+inline void fma_to(vd& acc, vd a, vd b) { acc += a * b; }
 #endif
 
 // Rows of a tile by the number of vectors across: as many accumulators as the registers allow.
@@ -25,25 +28,33 @@ constexpr int tile_rows(int vectors) {
 #endif
 }
 constexpr int kRowPad = 12;     // a multiple of every tile_rows(), so one padding of M serves all widths
-constexpr int kPanel = 4 * W;   // columns of B that one tile spans at most
+constexpr int kPanel = 4 * W;   // columns of B that one tile spans at most; half as many doubles
+
+template <typename T>
+struct Vector { typedef vf type; static constexpr int lanes = W; };
+template <>
+struct Vector<double> { typedef vd type; static constexpr int lanes = WD; };
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// One tile. A is read at a[m * a_row + k * a_col], B at b[k * ldb + n], C at c[m * ldc + n].
-template <int kMr, int kNv, bool kAdd>
-inline void gemm_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  vf acc[kMr][kNv];
+// One tile. A is read at a[m * a_row + k * a_col], B at b[k * ldb + n], C at c[m * ldc + n]. What was in C is added last: the sum over
+// k stays short, which is more accurate than going on from C.
+template <int kMr, int kNv, bool kAdd, typename T>
+inline void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  typedef typename Vector<T>::type V;
+  constexpr int kLanes = Vector<T>::lanes;
+  V acc[kMr][kNv];
 #pragma GCC unroll 12
   for (int m = 0; m < kMr; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < kNv; ++n) acc[m][n] = kAdd ? load(c + m * ldc + n * W) : set1(0.0f);
+    for (int n = 0; n < kNv; ++n) acc[m][n] = V{};
   for (int64_t k = 0; k < depth; ++k, a += a_col, b += ldb) {
-    vf columns[kNv];
+    V columns[kNv];
 #pragma GCC unroll 4
-    for (int n = 0; n < kNv; ++n) columns[n] = load(b + n * W);
+    for (int n = 0; n < kNv; ++n) columns[n] = load(b + n * kLanes);
 #pragma GCC unroll 12
     for (int m = 0; m < kMr; ++m) {
-      const vf row = set1(a[m * a_row]);
+      const V row = set1(a[m * a_row]);
 #pragma GCC unroll 4
       for (int n = 0; n < kNv; ++n) fma_to(acc[m][n], row, columns[n]);
     }
@@ -51,23 +62,27 @@ inline void gemm_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_co
 #pragma GCC unroll 12
   for (int m = 0; m < kMr; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < kNv; ++n) store(c + m * ldc + n * W, acc[m][n]);
+    for (int n = 0; n < kNv; ++n) {
+      T* out = c + m * ldc + n * kLanes;
+      store(out, kAdd ? load(out) + acc[m][n] : acc[m][n]);
+    }
 }
 
-template <int kNv, bool kAdd>
-inline void gemm_rows(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c, int64_t ldc) {
+template <int kNv, bool kAdd, typename T>
+inline void gemm_rows(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int kMr = tile_rows(kNv);
   for (int64_t m = 0; m < rows; m += kMr) gemm_tile<kMr, kNv, kAdd>(depth, a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc);
 }
 
-// C[rows, columns] = A B, or += where kAdd. rows: a multiple of kRowPad; columns: of W. B is in panels of kPanel columns, panel p
+// C[rows, columns] = A B, or += where kAdd. rows: a multiple of kRowPad; columns: of a vector. B is in panels of four vectors, panel p
 // at b + p * panel_stride with rows ldb apart (packed panels: ldb = kPanel, panel_stride = kPanel * depth; row-major B: ldb = its
-// row, panel_stride = kPanel).
-template <bool kAdd>
-inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
-                 int64_t panel_stride, float* c, int64_t ldc) {
-  for (int64_t n = 0; n < columns; n += kPanel, b += panel_stride, c += kPanel) {
-    const int64_t vectors = (columns - n < kPanel ? columns - n : kPanel) / W;
+// row, panel_stride = kPanel; half of kPanel for doubles).
+template <bool kAdd, typename T>
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb,
+                 int64_t panel_stride, T* c, int64_t ldc) {
+  constexpr int kLanes = Vector<T>::lanes, kWide = 4 * kLanes;
+  for (int64_t n = 0; n < columns; n += kWide, b += panel_stride, c += kWide) {
+    const int64_t vectors = (columns - n < kWide ? columns - n : kWide) / kLanes;
     if (vectors == 4) gemm_rows<4, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
     if (vectors == 3) gemm_rows<3, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
     if (vectors == 2) gemm_rows<2, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);

@@ -11,6 +11,6 @@ struct KdWeights {
 
 // Rows per work item: enough to outweigh handing out the item. Static, because the objects of all ISAs include it, and the linker
 // would merge their copies.
-static inline int64_t kd_rows_per_item(const KdLoss& op) { return op.classes >= 16384 ? 1 : 16384 / op.classes; }
+static inline int64_t kd_rows_per_item(const KdLoss& op) { return op.classes >= 16384 ? 1 : op.classes <= 16 ? 1024 : 16384 / op.classes; }
 
 }  // namespace kd::cpu

@@ -106,24 +106,33 @@ struct KdSweep {
   vf scale, max_s, max_t, inv_z_s, inv_z_t, log_ratio, inv_t, beta;
 };
 
+// log(m / p_s) and log(m / p_t) from d = log p_t - log p_s, m = beta p_t + (1 - beta) p_s. They are taken relative to the larger of
+// the two, so nothing overflows and no logarithm meets a probability that underflowed.
+struct LogMixture {
+  vf over_s, over_t;
+};
+
+inline LogMixture log_mixture(const KdSweep& k, vf d) {
+  const vf share = d > 0.0f ? 1.0f - k.beta : k.beta;
+  const vf over_larger = log1p(share * expm1(-vabs(d)));
+  return {d > 0.0f ? over_larger + d : over_larger, d > 0.0f ? over_larger : over_larger - d};
+}
+
 inline void jsd_terms(const KdSweep& k, vf xs, vf xt, vf& loss, vf& aux) {
   const vf ps = exp2_scaled(xs - k.max_s, k.scale) * k.inv_z_s, pt = exp2_scaled(xt - k.max_t, k.scale) * k.inv_z_t;
-  // d = log p_t - log p_s; log m is taken relative to the larger of the two, so nothing overflows or underflows to log 0.
-  const vf d = fma((xt - k.max_t) - (xs - k.max_s), k.inv_t, k.log_ratio);
-  const vf share = d > 0.0f ? 1.0f - k.beta : k.beta;
-  const vf log_m = log1p(share * expm1(-vabs(d)));  // log(m / larger)
-  const vf m_over_s = d > 0.0f ? log_m + d : log_m, m_over_t = d > 0.0f ? log_m : log_m - d;
-  const vf of_s = -weigh(ps, m_over_s);
-  loss += (1.0f - k.beta) * of_s - k.beta * weigh(pt, m_over_t);
+  const LogMixture m = log_mixture(k, fma((xt - k.max_t) - (xs - k.max_s), k.inv_t, k.log_ratio));
+  const vf of_s = -weigh(ps, m.over_s);
+  loss += (1.0f - k.beta) * of_s - k.beta * weigh(pt, m.over_t);
   aux += of_s;
 }
+
+inline vf half_sign(vf x) { return x > 0.0f ? set1(0.5f) : x < 0.0f ? set1(-0.5f) : set1(0.0f); }
 
 inline void tv_terms(const KdSweep& k, vf xs, vf xt, vf& loss, vf& aux) {
   const vf ps = exp2_scaled(xs - k.max_s, k.scale) * k.inv_z_s, pt = exp2_scaled(xt - k.max_t, k.scale) * k.inv_z_t;
   const vf difference = ps - pt;
   loss += 0.5f * vabs(difference);
-  const vf half_sign = difference > 0.0f ? set1(0.5f) : difference < 0.0f ? set1(-0.5f) : set1(0.0f);
-  aux += ps * half_sign;
+  aux += ps * half_sign(difference);
 }
 
 inline KdSweep kd_sweep(const KdLoss& op, const float* stats, float temperature) {
@@ -218,49 +227,53 @@ void kd_loss_forward_row(const KdLoss& op, int64_t r) {
   }
 }
 
-// Gradient of n classes, from chunk s, t into g. kKind selects the formula, kHard adds the cross-entropy's softmax at T = 1.
-template <Kind kKind, bool kHard>
-inline void kd_gradient(const KdSweep& k, float aux, float coef, float hard_coef, const float* s, const float* t, float* g, int64_t n) {
-  const vf vcoef = set1(coef), vhard = set1(hard_coef), vaux = set1(aux), log2e = set1(kLog2E);
-  const vf scaled_s = k.inv_z_s * vcoef, scaled_t = k.inv_z_t * vcoef;
-  const auto gradient = [&](vf xs, vf xt) {
+// The gradient of W logits at once, of one row or of W rows: every parameter is a vector. `hard_coef` carries 1 / Z_s(T = 1).
+struct KdGradient {
+  KdSweep k;
+  vf aux, coef, hard_coef;
+
+  template <Kind kKind, bool kHard>
+  vf at(vf xs, vf xt) const {
     const vf es = exp2_scaled(xs - k.max_s, k.scale);
     vf y;
     if (kKind == kKl) {
-      y = es * scaled_s - exp2_scaled(xt - k.max_t, k.scale) * scaled_t;
+      y = es * (k.inv_z_s * coef) - exp2_scaled(xt - k.max_t, k.scale) * (k.inv_z_t * coef);
     } else if (kKind == kTv) {
       const vf difference = es * k.inv_z_s - exp2_scaled(xt - k.max_t, k.scale) * k.inv_z_t;
-      const vf half_sign = difference > 0.0f ? set1(0.5f) : difference < 0.0f ? set1(-0.5f) : set1(0.0f);
-      y = weigh(es * scaled_s, half_sign - vaux);
+      y = weigh(es * (k.inv_z_s * coef), half_sign(difference) - aux);
     } else {
       const vf d = fma((xt - k.max_t) - (xs - k.max_s), k.inv_t, k.log_ratio);
       if (kKind == kReverseKl) {
-        y = weigh(es * scaled_s, -d - vaux);
+        y = weigh(es * (k.inv_z_s * coef), -d - aux);
       } else {
-        const vf share = d > 0.0f ? 1.0f - k.beta : k.beta;
-        const vf log_m = log1p(share * expm1(-vabs(d)));
-        y = weigh(es * scaled_s * (1.0f - k.beta), -(d > 0.0f ? log_m + d : log_m) - vaux);
+        y = weigh(es * (k.inv_z_s * coef * (1.0f - k.beta)), -log_mixture(k, d).over_s - aux);
       }
     }
-    return kHard ? fma(exp2_scaled(xs - k.max_s, log2e), vhard, y) : y;
-  };
+    return kHard ? fma(exp2_scaled(xs - k.max_s, set1(kLog2E)), hard_coef, y) : y;
+  }
+};
+
+// Calls f.template operator()<kind>() with the kind as a constant; ce has kl's gradient.
+template <typename F>
+inline void with_gradient_kind(Kind kind, const F& f) {
+  switch (kind) {
+    case kReverseKl: return f.template operator()<kReverseKl>();
+    case kJsd: return f.template operator()<kJsd>();
+    case kTv: return f.template operator()<kTv>();
+    default: return f.template operator()<kKl>();
+  }
+}
+
+template <Kind kKind, bool kHard>
+inline void kd_gradient(const KdGradient& from, const float* s, const float* t, float* g, int64_t n) {
+  const KdGradient gradient = from;  // a copy that stores to g cannot change
   int64_t i = 0;
   for (; i + W <= n; i += W) {
     __builtin_prefetch(s + i + kKdChunk);
     __builtin_prefetch(t + i + kKdChunk);
-    store(g + i, gradient(load(s + i), load(t + i)));
+    store(g + i, gradient.at<kKind, kHard>(load(s + i), load(t + i)));
   }
-  if (i < n) store_n(g + i, gradient(load_n(s + i, n - i, 0.0f), load_n(t + i, n - i, 0.0f)), n - i);
-}
-
-template <bool kHard>
-inline void kd_gradient(Kind kind, const KdSweep& k, float aux, float coef, float hard_coef, const float* s, const float* t, float* g, int64_t n) {
-  switch (kind) {
-    case kReverseKl: return kd_gradient<kReverseKl, kHard>(k, aux, coef, hard_coef, s, t, g, n);
-    case kJsd: return kd_gradient<kJsd, kHard>(k, aux, coef, hard_coef, s, t, g, n);
-    case kTv: return kd_gradient<kTv, kHard>(k, aux, coef, hard_coef, s, t, g, n);
-    default: return kd_gradient<kKl, kHard>(k, aux, coef, hard_coef, s, t, g, n);  // ce has kl's gradient
-  }
+  if (i < n) store_n(g + i, gradient.at<kKind, kHard>(load_n(s + i, n - i, 0.0f), load_n(t + i, n - i, 0.0f)), n - i);
 }
 
 void kd_loss_backward_row(const KdLoss& op, const KdWeights& weights, int64_t r) {
@@ -276,6 +289,7 @@ void kd_loss_backward_row(const KdLoss& op, const KdWeights& weights, int64_t r)
   const float coef = flat ? 0 : upstream * weights.soft * (op.scale_t2 ? temperature : 1 / temperature);
   const float hard_coef = labelled ? upstream * weights.hard * stats[kInvZHard] : 0;
   if (flat) sweep.inv_z_s = set1(0.0f);
+  const KdGradient gradient{sweep, set1(stats[kAux]), set1(coef), set1(hard_coef)};
 
   alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk], buffer_g[kKdChunk];
   for (int64_t c = 0; c < op.classes; c += kKdChunk) {
@@ -287,8 +301,9 @@ void kd_loss_backward_row(const KdLoss& op, const KdWeights& weights, int64_t r)
     } else {
       const float* s = kd_chunk(row.student, row.offset_s, c, n, buffer_s);
       const float* t = kd_chunk(row.teacher, row.offset_t, c, n, buffer_t);
-      labelled ? kd_gradient<true>(op.kind, sweep, stats[kAux], coef, hard_coef, s, t, g, n)
-               : kd_gradient<false>(op.kind, sweep, stats[kAux], coef, hard_coef, s, t, g, n);
+      with_gradient_kind(op.kind, [&]<Kind kKind>() {
+        labelled ? kd_gradient<kKind, true>(gradient, s, t, g, n) : kd_gradient<kKind, false>(gradient, s, t, g, n);
+      });
       if (labelled && op.labels[r] >= c && op.labels[r] < c + n) g[op.labels[r] - c] -= upstream * weights.hard;
     }
     if (!direct) from_floats(g, n, op.grad_student, op.student.dtype, out + c);
@@ -298,12 +313,4 @@ void kd_loss_backward_row(const KdLoss& op, const KdWeights& weights, int64_t r)
 inline int64_t kd_last(const KdLoss& op, int64_t item) {
   const int64_t rows = op.outer * op.inner, end = (item + 1) * kd_rows_per_item(op);
   return end < rows ? end : rows;
-}
-
-void kd_loss_forward(const KdLoss& op, int64_t item) {
-  for (int64_t r = item * kd_rows_per_item(op); r < kd_last(op, item); ++r) kd_loss_forward_row(op, r);
-}
-
-void kd_loss_backward(const KdLoss& op, const KdWeights& weights, int64_t item) {
-  for (int64_t r = item * kd_rows_per_item(op); r < kd_last(op, item); ++r) kd_loss_backward_row(op, weights, r);
 }

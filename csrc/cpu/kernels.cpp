@@ -16,8 +16,10 @@ namespace kd::cpu::KD_ISA {
 namespace {
 #include "vec.h"
 #include "kd_loss.inl"
+#include "kd_loss_narrow.inl"
 #include "gemm.inl"
 #include "attention.inl"
+#include "attention_mse.inl"
 #include "hidden_mse.inl"
 }  // namespace
 
@@ -27,6 +29,8 @@ const Table table = {
     .kd_loss_backward = kd_loss_backward,
     .attention_scratch = attention_scratch,
     .attention_maps = attention_maps,
+    .attention_scores_scratch = attention_scores_scratch,
+    .attention_scores = attention_scores,
     .scaled_copy = scaled_copy,
     .hidden_forward = hidden_forward,
     .hidden_backward = hidden_backward,

@@ -19,8 +19,9 @@ struct Table {
 
   // One item = one (batch, head).
   int64_t (*attention_scratch)(const Attention&);
-  void (*attention_maps)(const Attention&, int64_t item, float* scratch);    // KL, or MSE of probabilities
-  void (*attention_scores)(const Attention&, int64_t item, float* scratch);  // MSE of scores
+  void (*attention_maps)(const Attention&, int64_t item, float* scratch);
+  int64_t (*attention_scores_scratch)(const Attention&);
+  void (*attention_scores)(const Attention&, int64_t item, float* scratch);  // MSE of scores by Gram matrices
 
   // out[first, first + n) = a * x[first, first + n): how backward applies the upstream gradient to a gradient of forward.
   void (*scaled_copy)(const float* x, float a, void* out, DType dtype, int64_t first, int64_t n);

@@ -20,6 +20,17 @@ constexpr int W = 4;
 typedef float vf_unaligned __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
 typedef int32_t vi32 __attribute__((vector_size(W * sizeof(float))));
 
+// Doubles of the same width, for the few sums that cancel.
+constexpr int WD = W / 2;
+typedef double vd __attribute__((vector_size(WD * sizeof(double))));
+typedef double vd_unaligned __attribute__((vector_size(WD * sizeof(double)), aligned(8), may_alias));
+typedef float vf_half __attribute__((vector_size(WD * sizeof(float)), aligned(4), may_alias));
+
+inline vd set1(double x) { return x - vd{}; }
+inline vd load(const double* p) { return *reinterpret_cast<const vd_unaligned*>(p); }
+inline void store(double* p, vd x) { *reinterpret_cast<vd_unaligned*>(p) = x; }
+inline vd load_wide(const float* p) { return __builtin_convertvector(*reinterpret_cast<const vf_half*>(p), vd); }
+
 inline vf set1(float x) { return x - vf{}; }
 inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
