@@ -95,7 +95,7 @@ def test_ceilings():
 
 @pytest.mark.parametrize("isa", [isa for isa, supported in _native.isas().items() if supported])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_raw_kernel_is_the_kernel_of_the_op(isa, dtype):
+def test_raw_kd_loss_is_the_kernel_of_the_op(isa, dtype):
     student, teacher = np.random.default_rng(0).normal(size=(2, 5, 37)).astype(dtype)
     call = _native.KdLossCall(isa, student, teacher, temperature=2.0)
     leaf = torch.tensor(student, requires_grad=True)
@@ -103,3 +103,17 @@ def test_raw_kernel_is_the_kernel_of_the_op(isa, dtype):
     loss.backward()
     assert call.forward() == pytest.approx(loss.item(), rel=1e-5)
     np.testing.assert_allclose(call.backward(), leaf.grad.numpy(), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", [isa for isa, supported in _native.isas().items() if supported])
+def test_raw_attention_kl_is_the_kernel_of_the_op(isa):
+    arrays = list(np.random.default_rng(0).normal(size=(4, 2, 19, 12)).astype(np.float32))
+    q_s, k_s, q_t, k_t = (torch.tensor(array[None]) for array in arrays)
+    loss = kdkernels.functional.attention_kl(
+        q_s.requires_grad_(), k_s.requires_grad_(), q_t, k_t, scale_s=12**-0.5, scale_t=12**-0.5, reduction="sum"
+    )
+    loss.backward()
+    value, grad_q, grad_k = _native.AttentionKlCall(isa, *arrays).run()
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    np.testing.assert_allclose(grad_q, q_s.grad[0].numpy(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(grad_k, k_s.grad[0].numpy(), rtol=1e-3, atol=1e-6)

@@ -1,9 +1,12 @@
 // Raw kernels. A call is prepared once (arrays checked, outputs allocated) and then run many times, so that a microbenchmark times
-// the kernel alone. Arrays are 2-D and float32, float16, or uint16 for the bits of bfloat16.
+// the kernel alone. Arrays are float32, float16, or uint16 for the bits of bfloat16.
 #include "native/raw.h"
 
 #include <pybind11/numpy.h>
 
+#include <cmath>
+#include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -93,6 +96,63 @@ class KdLossCall {
   const float one_ = 1;
 };
 
+HeadsView heads_view(const py::array& x, const char* name) {
+  if (x.ndim() != 3 || x.shape(2) < 1) throw std::invalid_argument(std::string(name) + " must be [heads, tokens, d]");
+  const int64_t size = x.itemsize();
+  return {x.data(), 0, x.strides(0) / size, x.strides(1) / size, x.strides(2) / size, x.shape(2), dtype_of(x, name)};
+}
+
+class AttentionKlCall {
+ public:
+  AttentionKlCall(const std::string& isa, py::array q_s, py::array k_s, py::array q_t, py::array k_t)
+      : table_(table_of(isa)), inputs_{std::move(q_s), std::move(k_s), std::move(q_t), std::move(k_t)} {
+    op_.q_s = heads_view(inputs_[0], "q_s");
+    op_.k_s = heads_view(inputs_[1], "k_s");
+    op_.q_t = heads_view(inputs_[2], "q_t");
+    op_.k_t = heads_view(inputs_[3], "k_t");
+    op_.batch = 1;
+    op_.heads = inputs_[0].shape(0);
+    op_.tokens = inputs_[0].shape(1);
+    for (const py::array& x : inputs_)
+      if (x.shape(0) != op_.heads || x.shape(1) != op_.tokens)
+        throw std::invalid_argument("queries and keys must agree in heads and tokens");
+    if (op_.q_s.size != op_.k_s.size || op_.q_t.size != op_.k_t.size)
+      throw std::invalid_argument("queries and keys must agree in d");
+    op_.scale_s = 1 / std::sqrt(static_cast<float>(op_.q_s.size));
+    op_.scale_t = 1 / std::sqrt(static_cast<float>(op_.q_t.size));
+    op_.kind = MapLoss::kKl;
+    op_.grad_weight = 1;
+    row_loss_.resize(op_.heads * op_.tokens);
+    op_.row_loss = row_loss_.data();
+    for (py::array_t<float>* grad : {&grad_q_, &grad_k_}) *grad = py::array_t<float>({op_.heads, op_.tokens, op_.q_s.size});
+    op_.grad_q = grad_q_.mutable_data();
+    op_.grad_k = grad_k_.mutable_data();
+    op_.grad_q_view = heads_view(grad_q_, "grad_q");
+    op_.grad_k_view = heads_view(grad_k_, "grad_k");
+    const size_t bytes = (table_.attention_scratch(op_) * sizeof(float) + 63) / 64 * 64;
+    scratch_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (!scratch_) throw std::bad_alloc();
+  }
+
+  py::tuple run() {
+    {
+      py::gil_scoped_release release;
+      for (int64_t head = 0; head < op_.heads; ++head) table_.attention_maps(op_, head, scratch_.get());
+    }
+    double loss = 0;
+    for (float row : row_loss_) loss += row;
+    return py::make_tuple(loss, grad_q_, grad_k_);
+  }
+
+ private:
+  const cpu::Table& table_;
+  py::array inputs_[4];
+  py::array_t<float> grad_q_, grad_k_;
+  std::vector<float> row_loss_;
+  std::unique_ptr<float, decltype(&std::free)> scratch_{nullptr, std::free};
+  Attention op_{};
+};
+
 }  // namespace
 
 void add_raw_kernels(py::module_& m) {
@@ -102,6 +162,11 @@ void add_raw_kernels(py::module_& m) {
            py::kw_only(), py::arg("kind") = 0, py::arg("temperature") = 1.0f)
       .def("forward", &KdLossCall::forward, "The loss.")
       .def("backward", &KdLossCall::backward, "The gradient, a view that the next call overwrites; after forward().");
+  py::class_<AttentionKlCall>(m, "AttentionKlCall",
+                              "attention_kl of one ISA on one thread: [heads, tokens, d] arrays, no mask, reduction sum.")
+      .def(py::init<const std::string&, py::array, py::array, py::array, py::array>(), py::arg("isa"), py::arg("q_s"), py::arg("k_s"),
+           py::arg("q_t"), py::arg("k_t"))
+      .def("run", &AttentionKlCall::run, "(loss, grad_q, grad_k) in one pass; the next call overwrites the gradients.");
 }
 
 }  // namespace kd::native
