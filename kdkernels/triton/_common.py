@@ -1,8 +1,9 @@
-"""What the Triton kernels share: the order of real tokens, tile loads, the final sum, and launch settings.
+"""What the Triton kernels share: registration, the order of real tokens, tile loads and the final sum.
 
-Padding is skipped by compaction. One small kernel turns mask [B, N] into `order` [B, N], the positions of the real tokens first and
-of the padded ones after them, and `count` [B]; the other kernels walk through `order`, stop at `count`, and write zeros to the
-positions behind it. Masks may have holes, nothing is read back to the host, and without a mask both are None and cost nothing.
+Padding is skipped by compaction. One small kernel turns mask [B, N] into `order` [B, N], the positions of the real
+tokens first and of the padded ones after them, and `count` [B]; the other kernels walk through `order`, stop at
+`count`, and write zeros to the positions behind it. Masks may have holes, nothing is read back to the host, and without
+a mask both are None and cost nothing.
 
 Every sum has a fixed order (a partial per tile, then one program), so results repeat bit by bit; no float atomics.
 """
@@ -13,8 +14,8 @@ import triton.language as tl
 
 from ..ops._common import LIBRARY
 
-# The default differs between Triton versions. Contracting c * a - c * b into an fma would round the two products differently, and
-# identical inputs would no longer give exactly 0. Products inside tl.dot stay fused.
+# The default differs between Triton versions. Contracting c * a - c * b into an fma would round the two products
+# differently, and identical inputs would no longer give exactly 0. Products inside tl.dot stay fused.
 LAUNCH = {"enable_fp_fusion": False}
 
 
@@ -50,7 +51,7 @@ def token_order(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.T
         return None, None
     batch, tokens = mask.shape
     order, count = mask.new_empty(mask.shape, dtype=torch.int32), mask.new_empty(batch, dtype=torch.int32)
-    _order_kernel[(batch,)](mask.view(torch.uint8), order, count, tokens, BLOCK=1024, num_warps=4)
+    _order_kernel[(batch,)](mask.view(torch.uint8), order, count, tokens, BLOCK=1024, **LAUNCH)
     return order, count
 
 
@@ -72,16 +73,23 @@ def positions(order, b, start, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(head, at, keep, first, strides, D: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows `at` of one head of [B, H, N, D], columns first ... first + BLOCK_D -> [rows, BLOCK_D], 0 where not kept."""
+def head_of(x, strides, b, h):
+    """One head of [B, H, N, ...]: (pointer, strides), which is what `load_tile` reads from."""
+    return x + b * strides[0] + h * strides[1], strides
+
+
+@triton.jit
+def load_tile(head, at, keep, first, D: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows `at` of a head [N, D], columns first ... first + BLOCK_D -> [rows, BLOCK_D], 0 where not kept."""
+    pointer, strides = head
     column = first + tl.arange(0, BLOCK_D)
-    address = head + at[:, None] * strides[2] + column[None, :].to(tl.int64) * strides[3]
+    address = pointer + at[:, None] * strides[2] + column[None, :].to(tl.int64) * strides[3]
     return tl.load(address, mask=keep[:, None] & (column < D)[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
 def mean_divisor(count, B, divisor, POWER: tl.constexpr):
-    """divisor * sum over batches of count^POWER, at least 1; the second factor is 1 without a mask, which the host knows, or a mean."""
+    """divisor * sum over batches of count^POWER, at least 1; without a mask or for POWER 0 the host knows it all."""
     if count is None or POWER == 0:
         return divisor
     total = tl.zeros((), tl.int64)
@@ -94,34 +102,33 @@ def mean_divisor(count, B, divisor, POWER: tl.constexpr):
     return tl.maximum(divisor * total, 1)
 
 
-@triton.jit
-def _finish_kernel(partial, count, loss, size, B, divisor: tl.int64, SCALE: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(partial + at, mask=at < size, other=0.0).to(tl.float64)
-    value = tl.sum(total, 0) * SCALE / mean_divisor(count, B, divisor, POWER).to(tl.float64)
-    tl.store(loss, value.to(tl.float32))
-
-
-def finish(partial: torch.Tensor, count: torch.Tensor | None, divisor: int, power: int, scale: float = 1.0) -> torch.Tensor:
-    """scale * sum(partial) / mean_divisor -> float32 scalar; float64 arithmetic in one program, rounded once."""
-    loss = partial.new_empty((), dtype=torch.float32)
-    batch = 0 if count is None else count.numel()
-    _finish_kernel[(1,)](
-        partial, count, loss, partial.numel(), batch, divisor, SCALE=scale, POWER=power, BLOCK=1024, **LAUNCH
-    )
-    return loss
-
-
 def host_divisor(mask: torch.Tensor | None, heads: int, batch: int, tokens: int, power: int) -> int:
-    """What a sum is divided by for a mean, as far as the host knows it: with a mask `mean_divisor` has the rest; 1 for power 0."""
+    """heads * sum over batches of tokens^power, without the sum if there is a mask (`mean_divisor`); 1 for power 0."""
     if power == 0:
         return 1
     return max(heads * (1 if mask is not None else batch * tokens**power), 1)
 
 
+@triton.jit
+def _finish_kernel(partial, count, loss, size, B, divisor: tl.int64, POWER: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(partial + at, mask=at < size, other=0.0).to(tl.float64)
+    tl.store(loss, (tl.sum(total, 0) / mean_divisor(count, B, divisor, POWER).to(tl.float64)).to(tl.float32))
+
+
+def finish(partial: torch.Tensor, count: torch.Tensor | None, divisor: int, power: int) -> torch.Tensor:
+    """sum(partial) / mean_divisor -> float32 scalar; float64 arithmetic in one program, rounded once."""
+    loss = partial.new_empty((), dtype=torch.float32)
+    batch = 0 if count is None else count.numel()
+    _finish_kernel[(1,)](partial, count, loss, partial.numel(), batch, divisor, POWER=power, BLOCK=1024, **LAUNCH)
+    return loss
+
+
 def dot_dtype(*tensors: torch.Tensor) -> tl.dtype:
-    """What tl.dot multiplies: the inputs' own 16-bit type where they agree (exact products, float32 sums), else float32."""
+    """What tl.dot multiplies: the inputs' own 16-bit type where they agree (exact products), else float32."""
     dtypes = {t.dtype for t in tensors}
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtypes.pop(), tl.float32) if len(dtypes) == 1 else tl.float32
+    if dtypes == {torch.bfloat16}:
+        return tl.bfloat16
+    return tl.float16 if dtypes == {torch.float16} else tl.float32

@@ -19,8 +19,7 @@ def attention_kl_backward(
 ):
     d_q, d_k = q_s.new_empty(q_s.shape), k_s.new_empty(k_s.shape)
     scales = scale_s / temperature, scale_t / temperature
-    _attention.backward(grad, q_s, k_s, q_t, k_t, mask, stats, d_q, _attention.KL, *scales, reduction, rows=True, cols=False)
-    _attention.backward(grad, k_s, q_s, k_t, q_t, mask, stats, d_k, _attention.KL, *scales, reduction, rows=False, cols=True)
+    _attention.backward(grad, q_s, k_s, q_t, k_t, mask, stats, _attention.KL, *scales, reduction, d_q, d_k)
     return d_q, d_k
 
 

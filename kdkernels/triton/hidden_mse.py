@@ -1,12 +1,13 @@
-"""hidden_mse on CUDA: sum over layers of the mean of (student - teacher)^2 over real tokens x D, all like layers in one launch.
+"""hidden_mse on CUDA: sum over layers of the mean of (student - teacher)^2 over real tokens x D, like layers at once.
 
-Bound by memory: each state is read once forward and once backward, padded tokens not at all. A program owns a few whole rows of one
-layer, in registers, so that both normalisations need no second read:
+Bound by memory: each state is read once forward and once backward, padded tokens not at all. A program owns a few whole
+rows of one layer, in registers, so that both normalisations need no second read:
     l2          y = x / |x|                      dx = (dy - y sum(dy y)) / |x|
     layer_norm  y = (x - mean) / std             dx = (dy - mean(dy) - y mean(dy y)) / std
 
-With a projection the products are cuBLAS's; the kernel adds the bias, and turns W s into its loss and into d loss / d (W s) in one
-read. The constant 2 / (real tokens x D) joins in backward, after the products, so that 16-bit ones do not underflow.
+With a projection the products are cuBLAS's; the kernel adds the bias, and turns W s into its loss and into d loss / d
+(W s) in one read. The constant 2 / (real tokens x D) joins in backward, after the products, so that 16-bit ones do not
+underflow.
 """
 
 import torch
@@ -37,15 +38,16 @@ def _of_layer(pointers, layer):
 
 @triton.jit
 def _normalize(x, inside, D: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Rows [R, D] -> (normalised rows, the factor [R, 1] that their derivative is multiplied by)."""
+    """Rows [R, D] -> (normalised rows, their |x| or standard deviation [R, 1], which divides the derivative)."""
+    size = tl.full((x.shape[0], 1), 1.0, tl.float32)
     if NORMALIZE == L2:
-        norm = tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True)), EPS)
-        return tl.div_rn(x, tl.broadcast_to(norm, x.shape)), tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)
+        size = tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True)), EPS)
+        x = tl.div_rn(x, tl.broadcast_to(size, x.shape))
     if NORMALIZE == LAYER_NORM:
         x = tl.where(inside, x - tl.sum(x, 1, keep_dims=True) / D, 0.0)
-        deviation = tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
-        return tl.div_rn(x, tl.broadcast_to(deviation, x.shape)), tl.div_rn(tl.full(deviation.shape, 1.0, tl.float32), deviation)
-    return x, 1.0
+        size = tl.sqrt_rn(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
+        x = tl.div_rn(x, tl.broadcast_to(size, x.shape))
+    return x, size
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def _rows_kernel(
     x_t = tl.load(teacher, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         x_s = tl.where(inside, x_s + tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :], 0.0)
-    y_s, factor = _normalize(x_s, inside, D, NORMALIZE)
+    y_s, size = _normalize(x_s, inside, D, NORMALIZE)
     y_t, _ = _normalize(x_t, inside, D, NORMALIZE)
     difference = y_s - y_t
     if partial is not None:
@@ -80,10 +82,10 @@ def _rows_kernel(
     if outs is not None:
         slope = difference
         if NORMALIZE == L2:
-            slope = (slope - y_s * tl.sum(slope * y_s, 1, keep_dims=True)) * factor
+            slope = (slope - y_s * tl.sum(slope * y_s, 1, keep_dims=True)) / size
         if NORMALIZE == LAYER_NORM:
             mean = tl.sum(slope, 1, keep_dims=True) / D
-            slope = (slope - mean - y_s * (tl.sum(slope * y_s, 1, keep_dims=True) / D)) * factor
+            slope = (slope - mean - y_s * (tl.sum(slope * y_s, 1, keep_dims=True) / D)) / size
         if grad is not None:
             slope *= 2.0 * tl.load(grad).to(tl.float32) / mean_divisor(count, 1, divisor, 1).to(tl.float32)
         out = _of_layer(outs, layer)
@@ -100,8 +102,8 @@ def _launch(students, teachers, mask, count, normalize, *, bias=None, loss=False
     partial = teachers[0].new_empty(len(students) * blocks, dtype=torch.float32) if loss else None
     divisor = host_divisor(mask, width, batch, tokens, 1)
     _rows_kernel[(blocks, len(students))](
-        tuple(students), tuple(teachers), bias, mask, count, partial, grad, outs, students[0].stride(), teachers[0].stride(),
-        rows, tokens, divisor, D=width, NORMALIZE=normalize, **sizes, **LAUNCH,
+        tuple(students), tuple(teachers), bias, mask, count, partial, grad, outs, students[0].stride(),
+        teachers[0].stride(), rows, tokens, divisor, D=width, NORMALIZE=normalize, **sizes, **LAUNCH,
     )  # fmt: skip
     return finish(partial, count, divisor, 1) if loss else None
 
@@ -141,8 +143,12 @@ def hidden_mse(student, teacher, mask, weight, bias, normalize, need_grad):
 def _projected(student, teacher, mask, count, weight, bias, normalize, need_grad):
     """saved: what d_student..., d_weight..., d_bias... are without 2 grad / (real tokens x D), float32."""
     losses, d_student = [], []
-    d_weight = [torch.zeros_like(w, dtype=torch.float32, memory_format=torch.contiguous_format) for w in weight if need_grad]
-    d_bias = [torch.zeros_like(b, dtype=torch.float32, memory_format=torch.contiguous_format) for b in bias if need_grad]
+    d_weight = [
+        torch.zeros_like(w, dtype=torch.float32, memory_format=torch.contiguous_format) for w in weight if need_grad
+    ]
+    d_bias = [
+        torch.zeros_like(b, dtype=torch.float32, memory_format=torch.contiguous_format) for b in bias if need_grad
+    ]
     for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
         own = layer if len(weight) > 1 else 0
         w, b = weight[own], bias[own].contiguous() if bias else None

@@ -1,7 +1,7 @@
-"""relation_kl on CUDA: queries and keys are one tensor, the re-split heads, seen through strides; the tiles are in _attention.py.
+"""relation_kl on CUDA: queries and keys are one tensor, the re-split heads, seen through strides; see _attention.py.
 
-The scores are symmetric, so that one tile serves row i's distribution and row j's: d x_i = sum_j (g_ij + g_ji) x_j / sqrt(d) comes
-from one launch and three products a tile.
+The scores are symmetric, so that one tile serves row i's distribution and row j's: with g the slopes, the gradient
+d x_i = sum_j (g_ij + g_ji) x_j / sqrt(d) comes from one launch and three products a tile.
 """
 
 import torch
@@ -26,9 +26,8 @@ def relation_kl(student, teacher, mask, num_heads, reduction, need_grad):
 def relation_kl_backward(grad, student, teacher, mask, grad_student, stats, num_heads, reduction):
     s, t = _heads(student, num_heads), _heads(teacher, num_heads)
     d_student = student.new_empty(student.shape)
-    scales = s.shape[3] ** -0.5, t.shape[3] ** -0.5
-    out = _heads(d_student, num_heads)
-    _attention.backward(grad, s, s, t, t, mask, stats, out, _attention.KL, *scales, reduction, rows=True, cols=True)
+    out, scales = _heads(d_student, num_heads), (s.shape[3] ** -0.5, t.shape[3] ** -0.5)
+    _attention.backward(grad, s, s, t, t, mask, stats, _attention.KL, *scales, reduction, out, out)
     return d_student
 
 

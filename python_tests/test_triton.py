@@ -1,0 +1,181 @@
+"""The Triton kernels against the table of cases: on the GPU where there is one, else interpreted on the CPU.
+
+Whether Triton interprets is decided when it is imported, so that without a GPU this file runs itself in a second
+process with TRITON_INTERPRET=1. There the CUDA implementations serve CPU tensors, and the public functions lead to
+them.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kdkernels import functional, ops, reference
+from python_tests.case import evaluate
+from python_tests.cases import of
+from python_tests.tolerance import violations
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "relation_kl")
+
+
+def bounded(case):
+    """Interpreted, long maps get one sequence and two heads; the shorter ones have more of both."""
+    if not INTERPRETED or case.mask is not None or case.shape["tokens"] < 64 or "heads" not in case.shape:
+        return case
+    return replace(case, shape={**case.shape, "batch": 1, "heads": min(case.shape["heads"], 2)})
+
+
+CASES = [bounded(case) for case in of(*FAMILIES)]
+here = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in test_interpreted's process")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="this process runs the kernels itself")
+def test_interpreted():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton_on_cpu():
+    """Under the interpreter, the dispatcher's CPU entries of the families become the Triton ones."""
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    for family in FAMILIES:
+        module = importlib.import_module(f"kdkernels.triton.{family}")
+        for op in (family, f"{family}_backward"):
+            ops._common.LIBRARY.impl(op, getattr(module, op), "CPU", allow_override=True)
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        # numpy has no bfloat16: the interpreter would multiply the bit patterns.
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return multiply(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
+    yield
+    InterpreterBuilder.create_dot = multiply
+
+
+def by_name(*names):
+    return [case for case in CASES if case.id in names]
+
+
+# numpy tells of the 1 / 0 of rows that are then dropped.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+PADDED = by_name(
+    "attention_kl-mask_holes", "attention_kl-none_holes", "attention_mse-probs_mask_lengths",
+    "attention_mse-scores_mask_lengths", "relation_kl-mask_lengths", "hidden_mse-layer_norm",
+    "hidden_mse-projected_each",
+)  # fmt: skip
+HALVES = PADDED + by_name("attention_kl-d80", "hidden_mse-l2")
+
+
+@here
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_values(case):
+    """Rounding is chance: where the terms cancel, one seed says little."""
+    assert violations(case, device=DEVICE, seeds=range(1 if INTERPRETED and case.near is None else 4)) == []
+
+
+@here
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)], ids=str
+)
+@pytest.mark.parametrize("case", HALVES, ids=lambda case: case.id)
+def test_values_in_16_bits(case, dtypes):
+    assert violations(case, dtypes, device=DEVICE, seeds=range(2)) == []
+
+
+@here
+@pytest.mark.parametrize("case", PADDED, ids=lambda case: case.id)
+def test_padding_may_hold_anything(case):
+    """Poisoned padding changes no bit, and its gradient is exactly 0. Twice the same call gives the same bits."""
+    call = case.make(0, device=DEVICE)
+    mask = call.other["mask"]
+
+    def poison(x):
+        if x.dim() < 3:
+            return x.clone()
+        return x.masked_fill(~(mask[:, None, :, None] if x.dim() == 4 else mask[:, :, None]), torch.nan)
+
+    function = getattr(functional, case.op)
+    results = [evaluate(function, c) for c in (call, call, call.map(poison))]
+    flat = [[loss, *gradients] for loss, gradients in results]
+    for clean, again, poisoned in zip(*flat, strict=True):
+        assert clean.isfinite().all()
+        assert clean.equal(again)
+        assert clean.equal(poisoned)
+
+
+@here
+@pytest.mark.parametrize("case", PADDED, ids=lambda case: case.id)
+def test_no_real_token(case):
+    call = case.make(0, device=DEVICE)
+    call = call.with_options(mask=torch.zeros_like(call.other["mask"]))
+    loss, gradients = evaluate(getattr(functional, case.op), call)
+    assert all((x == 0).all() for x in (loss, *gradients))
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    by_name(
+        "attention_kl-d26", "attention_mse-probs_d26", "attention_mse-scores_d26", "relation_kl-d6", "hidden_mse-l2"
+    ),
+    ids=lambda case: case.id,
+)
+def test_identical_inputs_give_exactly_0(case, dtype):
+    call = case.make(0, (dtype, dtype), DEVICE)
+    names = dict(zip(call.teacher, call.student, strict=True))
+    call = replace(call, teacher={name: detached(call.student[names[name]]) for name in call.teacher})
+    loss, gradients = evaluate(getattr(functional, case.op), call)
+    assert all((x == 0).all() for x in (loss, *gradients))
+
+
+def detached(value):
+    return [x.detach() for x in value] if isinstance(value, list) else value.detach()
+
+
+@here
+def test_layers_that_differ():
+    """Layers of unlike width and dtype are launched in groups."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 5, 8), (2, 5, 12), (2, 5, 8)]
+    layers = [torch.randn(2, *shape, generator=generator).to(DEVICE) for shape in shapes]
+    student = [
+        x[0].to(dtype).requires_grad_()
+        for x, dtype in zip(layers, (torch.float32, torch.float32, torch.float16), strict=True)
+    ]
+    teacher = [x[1] for x in layers]
+    loss = functional.hidden_mse(student, teacher)
+    expected = reference.hidden_mse(student, teacher)
+    torch.testing.assert_close(loss, expected)
+    for got, true in zip(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student), strict=True):
+        torch.testing.assert_close(got, true)
+
+
+@here
+def test_nan_in_a_real_token_reaches_the_loss():
+    for case in by_name(
+        "attention_kl-plain", "attention_mse-probs_plain", "attention_mse-scores_plain", "hidden_mse-plain"
+    ):
+        call = case.make(0, device=DEVICE)
+        with torch.no_grad():
+            call.leaves[0].view(-1)[0] = torch.nan
+        assert getattr(functional, case.op)(**call.arguments).isnan()

@@ -1,0 +1,164 @@
+"""Every Triton kernel compiles for A100, H100 and B200 without a GPU, as it would be launched, and without spilling.
+
+A driver that names the target and a launch that stops after compiling are enough: the package's own launchers then
+compile their kernels with the specialisations of a real call. Nothing runs here; test_triton.py does that.
+"""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402  after the skips
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from kdkernels.ops._common import NORMALIZE, ON, REDUCTION  # noqa: E402
+from kdkernels.triton import attention_kl, attention_mse, hidden_mse, relation_kl  # noqa: E402
+
+CAPABILITIES = (80, 90, 100)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# ptxas gives up a few registers to fit one more block on a multiprocessor; real spilling takes hundreds of bytes.
+STACK = 48
+MASK = torch.ones(2, 256, dtype=torch.bool)
+UPSTREAM = torch.ones(())
+
+
+class Target:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """compile(capability, call, *args) -> {kernel's name: [what each of its launches compiled to]}."""
+    run = JITFunction.run
+    found = {}
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.setdefault(self.fn.__name__, []).append(kernel)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+
+    def compile_for(capability, call, *args):
+        found.clear()
+        monkeypatch.setattr(driver, "_active", Target(capability))
+        call(*args)
+        return found
+
+    return compile_for
+
+
+def resources(kernel, path) -> dict:
+    """Registers a thread and stack bytes, as the cubin states them."""
+    cubin = path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout + text.stderr).groups()
+    return {"registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
+
+
+def heads(dtype, d_s, d_t):
+    return [torch.empty(2, 3, 256, d, dtype=dtype) for d in (d_s, d_s, d_t, d_t)]
+
+
+def run_attention_kl(dtype, reduction):
+    inputs, grad = heads(dtype, 32, 64), UPSTREAM if reduction != "none" else torch.ones(2, 3, 256)
+    scalars = 1.0, 0.1, 0.1, REDUCTION[reduction]
+    _, *saved = attention_kl.attention_kl(*inputs, MASK, *scalars, True)
+    attention_kl.attention_kl_backward(grad, *inputs, MASK, *saved, *scalars)
+
+
+def run_attention_mse(dtype, on):
+    inputs, scalars = heads(dtype, 26, 64), (ON[on], 0.1, 0.1)
+    _, *saved = attention_mse.attention_mse(*inputs, MASK, *scalars, True)
+    attention_mse.attention_mse_backward(UPSTREAM, *inputs, MASK, *saved, *scalars)
+
+
+def run_relation_kl(dtype, num_heads):
+    inputs, scalars = (torch.empty(2, 256, 384, dtype=dtype), torch.empty(2, 256, 768, dtype=dtype)), (num_heads, 3)
+    _, *saved = relation_kl.relation_kl(*inputs, MASK, *scalars, True)
+    relation_kl.relation_kl_backward(UPSTREAM, *inputs, MASK, *saved, *scalars)
+
+
+def run_hidden_mse(dtype, normalize):
+    student, teacher = ([torch.empty(2, 256, 768, dtype=dtype) for _ in range(3)] for _ in range(2))
+    arguments = student, teacher, MASK, [], []
+    _, saved = hidden_mse.hidden_mse(*arguments, NORMALIZE[normalize], True)
+    hidden_mse.hidden_mse_backward(UPSTREAM, *arguments, saved, NORMALIZE[normalize])
+
+
+def run_hidden_mse_projected(dtype, normalize):
+    student, teacher = torch.empty(2, 256, 384, dtype=dtype), torch.empty(2, 256, 768, dtype=dtype)
+    weight, bias = torch.empty(768, 384, dtype=dtype), torch.empty(768, dtype=dtype)
+    hidden_mse.hidden_mse([student], [teacher], MASK, [weight], [bias], NORMALIZE[normalize], True)
+
+
+OPTIONS = {
+    run_attention_kl: ("batchmean", "none"),
+    run_attention_mse: tuple(ON),
+    run_relation_kl: (12, 1),
+    run_hidden_mse: tuple(NORMALIZE),
+    run_hidden_mse_projected: (None,),
+}
+# float16 differs from bfloat16 in nothing but the type: one option of each family has it.
+CALLS = [
+    (call, option, dtype)
+    for call, options in OPTIONS.items()
+    for option in options
+    for dtype in DTYPES
+    if dtype != "float16" or option == options[0]
+]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("call", "option", "dtype"), CALLS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_compiles(call, option, dtype, capability, kernels, tmp_path):
+    compiled = kernels(capability, call, DTYPES[dtype], option)
+    assert len(compiled) >= 2
+    for name, launches in compiled.items():
+        for kernel in launches:
+            used = resources(kernel, tmp_path)
+            assert used["stack"] <= STACK, f"{name} spills: {used}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_16_bit_products_run_on_tensor_cores(capability, kernels):
+    instruction = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[capability]
+    compiled = kernels(capability, run_attention_kl, torch.bfloat16, "batchmean")
+    for name in ("_forward_kernel", "_backward_kernel"):
+        assert all(instruction in kernel.asm["ptx"] for kernel in compiled[name])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gram_products_run_on_float64_tensor_cores(capability, kernels):
+    compiled = kernels(capability, run_attention_mse, torch.float32, "scores")
+    for name in ("_gram_kernel", "_gram_backward_kernel"):
+        assert all("f64.f64.f64.f64" in kernel.asm["ptx"] for kernel in compiled[name])
+
+
+def test_sums_stay_unfused(kernels):
+    """c * a - c * b as an fma would round the two products differently: identical inputs would not give 0."""
+    compiled = kernels(90, run_attention_kl, torch.bfloat16, "batchmean")
+    for kernel in compiled["_forward_kernel"] + compiled["_backward_kernel"]:
+        assert "mul.rn.f32" in kernel.asm["ptx"]
+        assert "fma.rn.f32" not in kernel.asm["ptx"]
