@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, grad_in_forward, loss_shape
+from ._common import LIBRARY, define, forbid_double_backward, grad_in_forward, loss_shape, register_autograd
 
 _INPUTS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask"
 _SAVED = "Tensor grad_q, Tensor grad_k, Tensor stats"
@@ -36,7 +36,6 @@ def _(grad, q_s, k_s, *rest):
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], *output[1:])
     ctx.scalars = inputs[5:9]
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
@@ -46,5 +45,5 @@ def _backward(ctx, grad, *_):
     return *grads, *(None,) * 8
 
 
-torch.library.register_autograd("kdkernels::attention_kl", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("attention_kl", _setup_context, _backward)
 forbid_double_backward("attention_kl")

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import LIBRARY, ON, REDUCTION, define, forbid_double_backward, grad_in_forward
+from ._common import LIBRARY, ON, REDUCTION, define, forbid_double_backward, grad_in_forward, register_autograd
 from .attention_kl import saved_tensors
 
 _INPUTS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask"
@@ -34,7 +34,6 @@ def _(grad, q_s, k_s, *rest):
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], *output[1:])
     ctx.scalars = inputs[5:8]
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
@@ -44,5 +43,5 @@ def _backward(ctx, grad, *_):
     return *grads, *(None,) * 7
 
 
-torch.library.register_autograd("kdkernels::attention_mse", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("attention_mse", _setup_context, _backward)
 forbid_double_backward("attention_mse")

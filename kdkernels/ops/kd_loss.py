@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, loss_shape
+from ._common import LIBRARY, define, forbid_double_backward, loss_shape, register_autograd
 
 _SCALARS = (
     "int kind, float temperature, bool scale_t2, float beta, float alpha, int ignore_index, int reduction"
@@ -28,7 +28,6 @@ def _(grad, student, *rest):
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], output[1])
     ctx.scalars = inputs[5:]
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
@@ -39,5 +38,5 @@ def _backward(ctx, grad, _):
     return grad_student, *(None,) * 11
 
 
-torch.library.register_autograd("kdkernels::kd_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("kd_loss", _setup_context, _backward)
 forbid_double_backward("kd_loss")

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, grad_in_forward, loss_shape
+from ._common import LIBRARY, define, forbid_double_backward, grad_in_forward, loss_shape, register_autograd
 
 _INPUTS = "Tensor student, Tensor teacher, Tensor? mask"
 _SAVED = "Tensor grad_student, Tensor stats"
@@ -31,7 +31,6 @@ def _(grad, student, *rest):
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output[1:])
     ctx.scalars = inputs[3:5]
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
@@ -41,5 +40,5 @@ def _backward(ctx, grad, *_):
     return grad_student, *(None,) * 5
 
 
-torch.library.register_autograd("kdkernels::relation_kl", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("relation_kl", _setup_context, _backward)
 forbid_double_backward("relation_kl")
