@@ -5,13 +5,13 @@
 namespace kd::cpu {
 
 // Tokens per work item: enough to outweigh handing out the item. It depends on the shape alone, and so does the order of additions.
-inline int64_t hidden_tokens_per_item(int64_t features) { return features >= 16384 ? 1 : 16384 / features; }
+static inline int64_t hidden_tokens_per_item(int64_t features) { return features >= 16384 ? 1 : 16384 / features; }
 
 // Floats of one row in scratch, rounded up so that the next row is aligned.
-inline int64_t hidden_row_floats(int64_t features) { return (features + 15) / 16 * 16; }
+static inline int64_t hidden_row_floats(int64_t features) { return (features + 15) / 16 * 16; }
 
 // Without a projection a worker holds one row of either side.
-inline int64_t hidden_scratch(const HiddenMse& op) {
+static inline int64_t hidden_scratch(const HiddenMse& op) {
   int64_t widest = 0;
   for (int64_t l = 0; l < op.num_layers; ++l)
     if (op.layers[l].features > widest) widest = op.layers[l].features;
