@@ -2,5 +2,6 @@
 
 import os
 
-# torch's profiler, which counts memory, announces each start on stderr otherwise; it reads this before torch is imported.
+# torch's profiler, which counts memory, announces each start on stderr otherwise; it reads this before torch is
+# imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -1,5 +1,6 @@
 """Where and with what a number was measured: every row and every result file carries these."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def facts(device: str) -> dict[str, str]:
-    """Device, threads, ISA, versions and commit."""
+    """Device, threads, what else the machine was doing, ISA, versions and commit."""
     import kdkernels
 
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.2f}",
         "implementation_of_ours": kdkernels.explain()["kd_loss"][device],
         "kdkernels": kdkernels.__version__,
         "torch": torch.__version__,
@@ -43,8 +45,12 @@ def installed(package: str) -> str:
 def commit() -> str:
     """The commit of the checkout, with "+dirty" where tracked files differ from it."""
     try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+dirty" if changed.stdout.strip() else "")

@@ -1,8 +1,8 @@
 """Extra memory of one forward and backward: the peak beyond the inputs and the gradients that were asked for.
 
-On a GPU the caching allocator counts. On the CPU torch's profiler reports each allocation and release of ATen's allocator, which the
-C++ kernels use too (their temporaries are tensors), to the byte; what a library allocates on its own, such as a GEMM's packing
-buffers, is not seen, for any implementation.
+On a GPU the caching allocator counts. On the CPU torch's profiler reports each allocation and release of ATen's
+allocator, which the C++ kernels use too (their temporaries are tensors), to the byte; what a library allocates on its
+own, such as a GEMM's packing buffers, is not seen, for any implementation.
 """
 
 import gc

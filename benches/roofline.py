@@ -1,9 +1,9 @@
 """What a case must cost at least, and what the machine can do at best: the percentage of the ceiling in every row.
 
-The floor counts the bytes that must cross to memory (every input read once, every gradient written once) and the operations that the
-algorithm needs, real tokens only. It is the larger of bytes / bandwidth and operations / arithmetic rate; exponentials are not counted, so
-100 % cannot be reached where they matter. The ceilings are measured, on the CPU by `kdkernels._native`, on a GPU by a large copy and a
-large matrix product.
+The floor counts the bytes that must cross to memory (every input read once, every gradient written once) and the
+operations that the algorithm needs, real tokens only. It is the larger of bytes / bandwidth and operations /
+arithmetic rate; exponentials are not counted, so 100 % cannot be reached where they matter. The ceilings are
+measured, on the CPU by `kdkernels._native`, on a GPU by a large copy and a large matrix product.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,9 @@ def measure(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
     from kdkernels import _native
 
     copy, arithmetic = _native.measure("copy", threads=threads), _native.measure("fp32", threads=threads)
-    return Ceilings(copy * 1e9, arithmetic * 1e9, f"copy {copy:.1f} GB/s, fp32 {arithmetic:.0f} GFLOPS, {threads} threads")
+    return Ceilings(
+        copy * 1e9, arithmetic * 1e9, f"copy {copy:.1f} GB/s, fp32 {arithmetic:.0f} GFLOPS, {threads} threads"
+    )
 
 
 def _measure_cuda(dtype: torch.dtype) -> Ceilings:
@@ -51,7 +53,9 @@ def _measure_cuda(dtype: torch.dtype) -> Ceilings:
     size = 8192
     a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
     product = 2 * size**3 / (do_bench(lambda: a @ b, return_mode="median") * 1e-3)
-    return Ceilings(copy, product, f"copy {copy * 1e-12:.2f} TB/s, {str(dtype).removeprefix('torch.')} {product * 1e-12:.0f} TFLOPS")
+    return Ceilings(
+        copy, product, f"copy {copy * 1e-12:.2f} TB/s, {str(dtype).removeprefix('torch.')} {product * 1e-12:.0f} TFLOPS"
+    )
 
 
 def work(op: str, call: Call) -> Work:

@@ -1,13 +1,15 @@
 """`python -m benches.run [OP ...]`: our kernels beside their peers, on the rows of `python_tests.cases.BENCHES`.
 
-Each case is first compared with the reference in float64: what does not match is not timed. Then ours, eager and the best mode of
-torch.compile run forward and backward in turns (see timing.py), and each gives a row: median and spread, percentage of the machine's
-measured ceiling (roofline.py), extra memory (memory.py), error, and what the machine was. The ratio to a peer is the median of the ratios
-round by round. Exit status 1 where something did not match or failed; a missed target is printed and is no failure.
+Each case is first compared with the reference in float64: what does not match is not timed. Then ours, eager and the
+best mode of torch.compile run forward and backward in turns (see timing.py), and each gives a row: median and spread,
+percentage of the machine's measured ceiling (roofline.py), extra memory (memory.py), error, and what the machine was.
+The ratio to a peer is the median of the ratios round by round. Exit status 1 where something did not match or failed;
+a missed target is printed and is no failure.
 """
 
 import argparse
 import csv
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -29,14 +31,20 @@ from .timing import Runner, interleaved, quick
 OURS, EAGER, COMPILE, LIGER, FLOAT32 = "kdkernels", "eager", "torch.compile", "liger", "kdkernels fp32"
 PEERS = (EAGER, COMPILE, LIGER)
 
-# Relative to the largest magnitude of the truth. Ours must match; peers only have to compute the same thing, and eager bf16 loses a lot.
+# Relative to the largest magnitude of the truth. Ours must match; peers only have to compute the same thing, and
+# eager bf16 loses a lot.
 MATCH = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SAME_FORMULA = 0.25
+# Load average above which threads wait for one another; eager code suffers most, which would flatter ours.
+BUSY = 0.5
+# float64 maps and logits of the large cases would not fit into memory at once.
+LARGE, PARTS = 1 << 22, 64
 
 COLUMNS = (
-    "op", "case", "implementation", "variant", "dtype", "median_ms", "p20_ms", "p80_ms", "rounds", "ratio", "target", "reached",
-    "bytes", "operations", "floor_ms", "bound", "percent_of_ceiling", "extra_bytes", "extra_target", "extra_reached", "loss_error",
-    "gradient_error", "ceilings", "machine", "threads", "implementation_of_ours", "kdkernels", "torch", "triton", "python", "commit", "when",
+    "op", "case", "implementation", "variant", "dtype", "median_ms", "p20_ms", "p80_ms", "rounds", "ratio", "target",
+    "reached", "bytes", "operations", "floor_ms", "bound", "percent_of_ceiling", "extra_bytes", "extra_target",
+    "extra_reached", "loss_error", "gradient_error", "ceilings", "machine", "threads", "load", "implementation_of_ours",
+    "kdkernels", "torch", "triton", "python", "commit", "when",
 )  # fmt: skip
 
 
@@ -75,12 +83,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benches.run", description="Time the fused losses beside their peers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benches.run", description="Time the fused losses beside their peers."
+    )
     parser.add_argument("ops", metavar="OP", nargs="*", help=f"of {', '.join(OPS)} (default: all)")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all that run here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for the timed rounds of one case (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="for the timed rounds of one case (default: %(default)s)"
+    )
     parser.add_argument("--csv", metavar="PATH", type=Path, help="append the rows to this file")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     return parser
@@ -90,6 +102,10 @@ def measure_all(cases: list[Case], device: str, peers: list[str], seconds: float
     """Measures, prints and stores; returns what went wrong, one line per case."""
     facts, ceilings, failures = machine.facts(device), {}, []
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    if device == "cpu" and float(facts["load"]) > BUSY:
+        print(
+            f"other work keeps this machine busy (load {facts['load']}): these times are not evidence", file=sys.stderr
+        )
     for case in cases:
         arithmetic = case.dtypes[0] if device == "cuda" else torch.float32
         if arithmetic not in ceilings:
@@ -111,7 +127,7 @@ def measure(case: Case, peers: list[str], seconds: float, ceilings: roofline.Cei
     """The rows of one case, ours first."""
     call = case.make()
     entries = _entries(case, call, peers, facts["machine"])
-    truth = tolerance.truth_of(case.op, call)
+    truth = _truth(case.op, call)
     for entry in list(entries):
         _compare(entry, call, truth, entries)
     del truth
@@ -136,6 +152,22 @@ def measure(case: Case, peers: list[str], seconds: float, ceilings: roofline.Cei
             }
         )  # fmt: skip
     return rows
+
+
+def _truth(op: str, call: Call):
+    """The reference in float64, for large cases in equal parts of the batch, whose losses and gradients are
+    averaged."""
+    batch = call.leaves[0].shape[0]
+    parts = math.gcd(batch, PARTS)
+    if parts == 1 or "mask" in call.other or "weight" in call.student or sum(x.numel() for x in call.leaves) < LARGE:
+        return tolerance.truth_of(op, call)
+    losses, gradients = [], []
+    for part in range(parts):
+        rows = slice(part * batch // parts, (part + 1) * batch // parts)
+        loss, grads = tolerance.truth_of(op, call.map(lambda x, rows=rows: x[rows]))
+        losses.append(loss / parts)
+        gradients.append([g / parts for g in grads])
+    return sum(losses), [torch.cat(pieces) for pieces in zip(*gradients, strict=True)]
 
 
 def _entries(case: Case, call: Call, peers: list[str], where: str) -> list[Entry]:
@@ -200,7 +232,9 @@ def append(path: Path, rows: list[dict]) -> None:
         if new:
             writer.writeheader()
         for row in rows:
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
 
 
 def _table(case: Case, rows: list[dict]) -> str:

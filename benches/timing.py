@@ -1,7 +1,8 @@
 """Forward and backward of several implementations, timed in turns so that noise of the machine hits all of them alike.
 
-A sample is one loss and one `backward` with an upstream gradient other than 1; `.grad` is cleared between samples, outside of the
-clock, so that every implementation allocates and writes the gradient anew, as after `optimizer.zero_grad()`.
+A sample is one loss and one `backward` with an upstream gradient other than 1; `.grad` is cleared between samples,
+outside of the clock, so that every implementation allocates and writes the gradient anew, as after
+`optimizer.zero_grad()`.
 """
 
 import time
@@ -66,7 +67,8 @@ def quick(runner: Runner, samples: int = 3) -> float:
 
 
 def interleaved(runners: list[Runner], seconds: float, least: int = 5, most: int = 40) -> dict[str, list[float]]:
-    """Seconds per round of each runner, {name: [one value a round]}: as many rounds as fit into `seconds`, within limits.
+    """Seconds per round of each runner, {name: [one value a round]}: as many rounds as fit into `seconds`, within
+    limits.
 
     Within a round each runner gives the median of several samples.
     """

@@ -1,8 +1,8 @@
 """What a row of the table in `cases.py` is, and how it becomes tensors.
 
-A case says what an op is called with (shapes, options, mask, memory layout) and why it is in the table; `Case.make` turns it into
-tensors from a seed. All rows of an op take the public function's argument names, so that the fused op, the reference and the eager
-peer are called alike: `function(**call.arguments)`.
+A case says what an op is called with (shapes, options, mask, memory layout) and why it is in the table; `Case.make`
+turns it into tensors from a seed. All rows of an op take the public function's argument names, so that the fused op,
+the reference and the eager peer are called alike: `function(**call.arguments)`.
 """
 
 from collections.abc import Callable
@@ -46,21 +46,21 @@ class Case:
 
     def make(self, seed: int = 0, dtypes: tuple | None = None, device: str | None = None) -> "Call":
         """The tensors of this case; `dtypes` = (student's, teacher's). The student's tensors require grad."""
-        generator = torch.Generator().manual_seed(seed)
-        student, teacher, other = _MAKERS[self.op](generator, self)
         dtypes, device = dtypes or self.dtypes, device or self.device
+        generator = torch.Generator(device).manual_seed(seed)
+        with torch.device(device):
+            student, teacher, other = _MAKERS[self.op](generator, self)
 
         def place(value, dtype, layout):
             if isinstance(value, list):
                 return [place(x, dtype, layout) for x in value]
-            return _lay_out(value.to(device, dtype), layout)
+            return _lay_out(value.to(dtype), layout)
 
         student_layout = "contiguous" if self.layout == "expanded" else self.layout
         student = {name: place(value, dtypes[0], student_layout) for name, value in student.items()}
         teacher = {name: place(value, dtypes[1], self.layout) for name, value in teacher.items()}
         for leaf in _flat(student.values()):
             leaf.requires_grad_()
-        other = {name: value.to(device) if torch.is_tensor(value) else value for name, value in other.items()}
         return Call(student, teacher, {**other, **self.options})
 
 
@@ -85,7 +85,8 @@ class Call:
         return _flat(self.teacher.values())
 
     def map(self, function) -> "Call":
-        """The same call with `function` applied to every student and teacher tensor; the students require grad again."""
+        """The same call with `function` applied to every student and teacher tensor; the students require grad
+        again."""
 
         def apply(value):
             return [apply(x) for x in value] if isinstance(value, list) else function(value.detach())
@@ -106,7 +107,11 @@ def upstream(loss: torch.Tensor) -> torch.Tensor:
     """A gradient from above that is not 1 and differs from row to row, on the loss's device and in its dtype."""
     if loss.dim() == 0:
         return torch.full_like(loss, 0.375, requires_grad=False)
-    return torch.linspace(0.25, 1.75, max(loss.numel(), 1), device=loss.device)[: loss.numel()].to(loss.dtype).view(loss.shape)
+    return (
+        torch.linspace(0.25, 1.75, max(loss.numel(), 1), device=loss.device)[: loss.numel()]
+        .to(loss.dtype)
+        .view(loss.shape)
+    )
 
 
 def evaluate(function, call: Call) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -196,9 +201,17 @@ def _hidden(generator, case):
         if case.shape.get("bias"):
             made = [torch.randn(d_t, generator=generator) for _ in range(weights)]
             student["bias"] = made if weights > 1 else made[0]
-    return student, {"teacher": [t for _, t in pairs] if layers else pairs[0][1]}, _mask(generator, case.mask, (batch, tokens))
+    return (
+        student,
+        {"teacher": [t for _, t in pairs] if layers else pairs[0][1]},
+        _mask(generator, case.mask, (batch, tokens)),
+    )
 
 
 _MAKERS = {
-    "kd_loss": _kd_loss, "attention_kl": _attention, "attention_mse": _attention, "relation_kl": _relation, "hidden_mse": _hidden,
-}  # fmt: skip
+    "kd_loss": _kd_loss,
+    "attention_kl": _attention,
+    "attention_mse": _attention,
+    "relation_kl": _relation,
+    "hidden_mse": _hidden,
+}

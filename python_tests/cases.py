@@ -1,7 +1,7 @@
 """The one table of cases: tests check every row of `CASES`, benches time every row of `BENCHES`.
 
-Small odd shapes on purpose: 1 token, 1 class, one more or less than a vector or a tile, head sizes 6, 8, 12, 26 and 80. The bench rows
-and their targets are the project's goals, stated once, here.
+Small odd shapes on purpose: 1 token, 1 class, one more or less than a vector or a tile, head sizes 6, 8, 12, 26 and
+80. The bench rows and their targets are the project's goals, stated once, here.
 """
 
 from dataclasses import replace
@@ -14,28 +14,30 @@ BFLOAT16 = (torch.bfloat16, torch.bfloat16)
 KIB = 1024
 
 
-def kd(name, why, lead=(5,), classes=129, *, labels=False, row_temperature=False, mask=None, layout="contiguous", spread=1.0,
-       near=None, **options) -> Case:  # fmt: skip
+def _case(op, name, why, shape, given) -> Case:
+    """`given`: fields of Case by name; whatever else it holds are options of the op."""
+    of_case = {key: given.pop(key) for key in ("mask", "layout", "spread", "near") if key in given}
+    return Case(op, name, why, shape, given, **of_case)
+
+
+def kd(name, why, lead=(5,), classes=129, *, labels=False, row_temperature=False, **given) -> Case:
     shape = {"lead": lead, "classes": classes, "labels": labels, "row_temperature": row_temperature}
-    return Case("kd_loss", name, why, shape, options, mask, layout, spread, near)
+    return _case("kd_loss", name, why, shape, given)
 
 
-def attention(op, name, why, tokens=41, d_s=8, d_t=12, *, batch=2, heads=3, mask=None, layout="contiguous", spread=1.0, near=None,
-              **options) -> Case:  # fmt: skip
+def attention(op, name, why, tokens=41, d_s=8, d_t=12, *, batch=2, heads=3, **given) -> Case:
     shape = {"batch": batch, "heads": heads, "tokens": tokens, "d_s": d_s, "d_t": d_t}
-    return Case(op, name, why, shape, options, mask, layout, spread, near)
+    return _case(op, name, why, shape, given)
 
 
-def relation(name, why, tokens=41, w_s=24, w_t=36, *, batch=2, num_heads=3, mask=None, layout="contiguous", spread=1.0, near=None,
-             **options) -> Case:  # fmt: skip
+def relation(name, why, tokens=41, w_s=24, w_t=36, *, batch=2, num_heads=3, **given) -> Case:
     shape = {"batch": batch, "tokens": tokens, "w_s": w_s, "w_t": w_t}
-    return Case("relation_kl", name, why, shape, {"num_heads": num_heads, **options}, mask, layout, spread, near)
+    return _case("relation_kl", name, why, shape, {"num_heads": num_heads, **given})
 
 
-def hidden(name, why, tokens=41, d_s=80, d_t=None, *, batch=2, layers=None, weights=0, bias=False, mask=None, layout="contiguous",
-           spread=1.0, near=None, **options) -> Case:  # fmt: skip
-    shape = {"batch": batch, "tokens": tokens, "d_s": d_s, "d_t": d_t or d_s, "layers": layers, "weights": weights, "bias": bias}
-    return Case("hidden_mse", name, why, shape, options, mask, layout, spread, near)
+def hidden(name, why, tokens=41, d_s=80, d_t=None, *, batch=2, layers=None, weights=0, bias=False, **given) -> Case:
+    shape = {"batch": batch, "tokens": tokens, "d_s": d_s, "d_t": d_t or d_s}
+    return _case("hidden_mse", name, why, {**shape, "layers": layers, "weights": weights, "bias": bias}, given)
 
 
 KD_LOSS = [
@@ -61,16 +63,16 @@ KD_LOSS = [
     kd("vocabulary_jsd", "long sums in the mixture", lead=(2,), classes=30522, kind="jsd"),
     kd("mask_holes", "real rows need not be a prefix", lead=(3, 7), mask="holes", temperature=2.0),
     kd("mask_lengths", "padding at the end, one sequence all padding", lead=(3, 7), mask=(7, 0, 2), kind="ce"),
-    kd("labels", "soft and hard term in one pass, each over its own rows", lead=(3, 7), labels=True, alpha=0.3, temperature=2.0),
-    kd("labels_masked", "ignored labels inside the mask, labels outside it", lead=(3, 7), labels=True, alpha=0.7, mask="holes"),
-    kd("labels_jsd", "the hard term beside a kind with a row aux", lead=(9,), labels=True, alpha=0.5, kind="jsd", temperature=3.0),
+    kd("labels", "soft and hard term, each over its own rows", lead=(3, 7), labels=True, alpha=0.3, temperature=2.0),
+    kd("labels_masked", "ignored labels inside the mask", lead=(3, 7), labels=True, alpha=0.7, mask="holes"),
+    kd("labels_jsd", "beside a kind with a row aux", lead=(9,), labels=True, alpha=0.5, kind="jsd", temperature=3.0),
     kd("labels_tv", "the same with jumps", lead=(9,), labels=True, alpha=0.4, kind="tv"),
     kd("labels_sum", "the hard term under sum", lead=(9,), labels=True, alpha=0.5, reduction="sum"),
     kd("labels_none", "the hard term per row", lead=(3, 7), labels=True, alpha=0.5, reduction="none", mask="holes"),
     kd("labels_mean", "mean counts classes in the soft term only", lead=(9,), labels=True, alpha=0.5, reduction="mean"),
-    kd("row_t", "a temperature per row and its own T^2 (TextBrewer's flsw)", lead=(3, 7), row_temperature=True),
-    kd("row_t_labels", "the hard term stays at T = 1", lead=(3, 7), row_temperature=True, labels=True, alpha=0.5, mask="holes"),
-    kd("row_t_reverse_kl", "per-row T with a row aux", lead=(9,), row_temperature=True, kind="reverse_kl", scale_t2=False),
+    kd("row_t", "a temperature per row and its own T^2 (flsw)", lead=(3, 7), row_temperature=True),
+    kd("row_t_labels", "hard term at T = 1", lead=(3, 7), row_temperature=True, labels=True, alpha=0.5, mask="holes"),
+    kd("row_t_reverse_kl", "T and aux per row", lead=(9,), row_temperature=True, kind="reverse_kl", scale_t2=False),
     kd("none", "a value per row", lead=(3, 7), reduction="none", temperature=2.0),
     kd("none_masked", "masked rows are 0", lead=(3, 7), reduction="none", mask="holes", kind="tv"),
     kd("sum", "no division", lead=(3, 7), reduction="sum", mask="holes"),
@@ -93,13 +95,13 @@ _SHAPES = [
     dict(name="d26", why="TinyBERT's 312 / 12 beside BERT's 64", tokens=70, d_s=26, d_t=64),
     dict(name="d80", why="a head that is no power of two", tokens=65, d_s=80, d_t=12),
     dict(name="one_head", why="1 batch, 1 head", batch=1, heads=1, tokens=129),
-    dict(name="mask_lengths", why="a padded batch with a sequence of 1 and one all padding", batch=4, mask=(41, 1, 0, 17)),
+    dict(name="mask_lengths", why="sequences of 1 token and all padding", batch=4, mask=(41, 1, 0, 17)),
     dict(name="mask_holes", why="real keys need not be a prefix", batch=3, tokens=70, mask="holes"),
     dict(name="mask_long", why="padding that spans whole tiles", tokens=200, d_s=12, d_t=8, mask=(200, 33)),
     dict(name="peaked", why="nearly one-hot maps", spread=3.0),
     dict(name="near", why="student close to teacher: the difference cancels", d_s=26, d_t=26, near=1e-2),
     dict(name="nearer", why="closer: what a Gram identity alone would lose", d_s=26, d_t=26, near=1e-4, mask=(41, 23)),
-    dict(name="transposed", why="[B, N, H, d] seen as [B, H, N, d], as models hold it", layout="transposed", mask=(41, 9)),
+    dict(name="transposed", why="[B, N, H, d] in memory, as models hold it", layout="transposed", mask=(41, 9)),
     dict(name="sliced", why="heads cut from a packed projection", layout="sliced"),
     dict(name="strided", why="no two features are neighbours", layout="strided"),
     dict(name="expanded", why="a teacher broadcast with stride 0", layout="expanded"),
@@ -114,7 +116,9 @@ ATTENTION_KL = [attention("attention_kl", **row) for row in _SHAPES] + [
 ]
 
 ATTENTION_MSE = [
-    attention("attention_mse", **{**row, "name": f"{on}_{row['name']}"}, on=on) for on in ("scores", "probs") for row in _SHAPES
+    attention("attention_mse", **{**row, "name": f"{on}_{row['name']}"}, on=on)
+    for on in ("scores", "probs")
+    for row in _SHAPES
 ]
 
 RELATION_KL = [
@@ -148,18 +152,43 @@ HIDDEN_MSE = [
     hidden("mask_holes", "real tokens need not be a prefix", mask="holes"),
     hidden("projected", "TinyBERT's projection", d_s=26, d_t=41, weights=1),
     hidden("projected_bias", "with a bias and padding", d_s=41, d_t=26, weights=1, bias=True, mask=(41, 9)),
-    hidden("projected_shared", "one projection for all layers: its gradient sums", layers=3, d_s=26, d_t=80, weights=1, bias=True),
+    hidden(
+        "projected_shared",
+        "one projection for all layers: its gradient sums",
+        layers=3,
+        d_s=26,
+        d_t=80,
+        weights=1,
+        bias=True,
+    ),
     hidden("projected_each", "one projection per layer", layers=3, d_s=26, d_t=80, weights=3, bias=True, mask="holes"),
     hidden("projected_wide", "sums over many tokens", tokens=129, d_s=129, d_t=200, weights=1),
     hidden("l2", "PKD", normalize="l2", layers=2, mask=(41, 9)),
     hidden("l2_projected", "PKD after a projection", normalize="l2", d_s=26, d_t=41, weights=1, bias=True),
     hidden("layer_norm", "MobileBERT", normalize="layer_norm", layers=2, mask="holes"),
-    hidden("layer_norm_projected", "after a projection per layer", normalize="layer_norm", d_s=26, d_t=41, layers=2, weights=2),
+    hidden(
+        "layer_norm_projected",
+        "after a projection per layer",
+        normalize="layer_norm",
+        d_s=26,
+        d_t=41,
+        layers=2,
+        weights=2,
+    ),
     hidden("near", "student close to teacher", near=1e-4),
     hidden("transposed", "[N, B, D] seen as [B, N, D]", layout="transposed", mask=(41, 9)),
     hidden("sliced", "a slice of a wider state", layout="sliced", layers=2),
     hidden("strided", "no two features are neighbours", layout="strided"),
-    hidden("strided_projected", "the same into a projection", layout="strided", d_s=26, d_t=41, weights=1, bias=True, layers=2),
+    hidden(
+        "strided_projected",
+        "the same into a projection",
+        layout="strided",
+        d_s=26,
+        d_t=41,
+        weights=1,
+        bias=True,
+        layers=2,
+    ),
     hidden("expanded", "a teacher broadcast with stride 0", layout="expanded"),
 ]
 
@@ -183,50 +212,80 @@ def _independent_of_tokens(call: Call) -> int:
     return 4 * 4 * batch * heads * (d_s + call.teacher["q_t"].shape[-1]) ** 2 + 4 * KIB
 
 
-def _bench(case: Case, *, device: str = "cpu", dtypes: tuple | None = None, **target) -> Case:
-    return replace(case, device=device, dtypes=dtypes or case.dtypes, target=Target(**target))
+_PADDED = ("uniform", 64, 256)
 
-
-_BENCHES_FLOAT32 = [
-    _bench(kd("kl_512x30522", "a BERT vocabulary", (512,), 30522, temperature=4.0), eager=8, compile=3, memory=_rows_32_bytes),
-    _bench(kd("ce_512x30522", "the same as soft cross-entropy", (512,), 30522, kind="ce", temperature=4.0),
-           eager=8, compile=3, memory=_rows_32_bytes),
-    _bench(kd("kl_4096x2", "a classifier's head: call overhead", (4096,), 2, temperature=4.0), eager=1, compile=1),
-    _bench(attention("attention_kl", "n256_padded", "a padded BERT batch", 256, 32, 64, batch=8, heads=12, mask=("uniform", 64, 256)),
-           eager=10, compile=4, memory=_linear_in_tokens),
-    _bench(attention("attention_kl", "n2048", "a long document", 2048, 32, 64, batch=1, heads=12),
-           eager=6, compile=2.5, memory=_linear_in_tokens),
-    _bench(relation("n256_padded", "MiniLM's relations", 256, 384, 768, batch=8, num_heads=12, mask=("uniform", 64, 256)),
-           eager=10, compile=4, memory=_linear_in_tokens),
-    _bench(attention("attention_mse", "scores_n512", "TinyBERT4 against BERT", 512, 26, 64, batch=4, heads=12, on="scores"),
-           eager=12, compile=5, memory=_independent_of_tokens),
-    _bench(attention("attention_mse", "probs_n512", "the same on probabilities", 512, 26, 64, batch=4, heads=12, on="probs"),
-           eager=6, compile=2.5, memory=_linear_in_tokens),
-    _bench(hidden("6x8x256x384_projected", "MiniLM-L6's width against BERT's", 256, 384, 768, batch=8, layers=6, weights=1, bias=True),
-           eager=1.5, compile=1.2),
-    _bench(hidden("12x8x256x768_half", "half of the tokens are padding", 256, 768, batch=8, layers=12, mask="half"),
-           eager=4, compile=2),
-]  # fmt: skip
-
-_BENCHES_BFLOAT16 = [
-    _bench(replace(case, name=f"{case.name}_bf16", why="bf16 inputs: no slower than fp32"), dtypes=BFLOAT16, float32=1)
-    for case in _BENCHES_FLOAT32
+# The case and its target; each stands once more with bfloat16 inputs, which must be no slower.
+_CPU = [
+    (
+        kd("kl_512x30522", "a BERT vocabulary", (512,), 30522, temperature=4.0),
+        Target(eager=8, compile=3, memory=_rows_32_bytes),
+    ),
+    (
+        kd("ce_512x30522", "the same as soft cross-entropy", (512,), 30522, kind="ce", temperature=4.0),
+        Target(eager=8, compile=3, memory=_rows_32_bytes),
+    ),
+    (
+        kd("kl_4096x2", "a classifier's head: call overhead", (4096,), 2, temperature=4.0),
+        Target(eager=1, compile=1),
+    ),
+    (
+        attention("attention_kl", "n256_padded", "a BERT batch", 256, 32, 64, batch=8, heads=12, mask=_PADDED),
+        Target(eager=10, compile=4, memory=_linear_in_tokens),
+    ),
+    (
+        attention("attention_kl", "n2048", "a long document", 2048, 32, 64, batch=1, heads=12),
+        Target(eager=6, compile=2.5, memory=_linear_in_tokens),
+    ),
+    (
+        relation("n256_padded", "MiniLM's relations", 256, 384, 768, batch=8, num_heads=12, mask=_PADDED),
+        Target(eager=10, compile=4, memory=_linear_in_tokens),
+    ),
+    (
+        attention("attention_mse", "scores_n512", "TinyBERT4, BERT", 512, 26, 64, batch=4, heads=12, on="scores"),
+        Target(eager=12, compile=5, memory=_independent_of_tokens),
+    ),
+    (
+        attention("attention_mse", "probs_n512", "TinyBERT4, BERT", 512, 26, 64, batch=4, heads=12, on="probs"),
+        Target(eager=6, compile=2.5, memory=_linear_in_tokens),
+    ),
+    (
+        hidden("6x8x256x384_projected", "MiniLM-L6, BERT", 256, 384, 768, batch=8, layers=6, weights=1, bias=True),
+        Target(eager=1.5, compile=1.2),
+    ),
+    (
+        hidden("12x8x256x768_half", "half of the tokens are padding", 256, 768, batch=8, layers=12, mask="half"),
+        Target(eager=4, compile=2),
+    ),
 ]
 
-_BENCHES_CUDA = [
-    _bench(kd("kl_8192x128256_bf16", "a Llama vocabulary", (8192,), 128256), dtypes=BFLOAT16, device="cuda",
-           eager=6, compile=1.4, liger=4, memory=_rows_32_bytes),
-    _bench(kd("jsd_8192x128256_bf16", "the same, Liger's JSD beside it", (8192,), 128256, kind="jsd"), dtypes=BFLOAT16, device="cuda",
-           eager=6, compile=1.4, liger=4, memory=_rows_32_bytes),
-    _bench(attention("attention_kl", "b32_n512_bf16", "BERT-base", 512, 64, 64, batch=32, heads=12), dtypes=BFLOAT16, device="cuda",
-           eager=10, compile=2.5, memory=_linear_in_tokens),
-    _bench(attention("attention_kl", "b4_n4096_bf16", "a long context", 4096, 64, 64, batch=4, heads=12), dtypes=BFLOAT16,
-           device="cuda", eager=30, memory=_linear_in_tokens),
-    _bench(attention("attention_mse", "scores_b32_n512_bf16", "the Gram identity", 512, 64, 64, batch=32, heads=12, on="scores"),
-           dtypes=BFLOAT16, device="cuda", eager=12, memory=_independent_of_tokens),
-]  # fmt: skip
+_CUDA = [
+    (
+        kd("kl_8192x128256_bf16", "a Llama vocabulary", (8192,), 128256),
+        Target(eager=6, compile=1.4, liger=4, memory=_rows_32_bytes),
+    ),
+    (
+        kd("jsd_8192x128256_bf16", "the same, beside Liger's JSD", (8192,), 128256, kind="jsd"),
+        Target(eager=6, compile=1.4, liger=4, memory=_rows_32_bytes),
+    ),
+    (
+        attention("attention_kl", "b32_n512_bf16", "BERT-base", 512, 64, 64, batch=32, heads=12),
+        Target(eager=10, compile=2.5, memory=_linear_in_tokens),
+    ),
+    (
+        attention("attention_kl", "b4_n4096_bf16", "a long context", 4096, 64, 64, batch=4, heads=12),
+        Target(eager=30, memory=_linear_in_tokens),
+    ),
+    (
+        attention("attention_mse", "scores_b32_n512_bf16", "BERT-base", 512, 64, 64, batch=32, heads=12, on="scores"),
+        Target(eager=12, memory=_independent_of_tokens),
+    ),
+]
 
-BENCHES = _BENCHES_FLOAT32 + _BENCHES_BFLOAT16 + _BENCHES_CUDA
+BENCHES = [
+    *(replace(case, target=target) for case, target in _CPU),
+    *(replace(case, name=f"{case.name}_bf16", dtypes=BFLOAT16, target=Target(float32=1)) for case, _ in _CPU),
+    *(replace(case, dtypes=BFLOAT16, device="cuda", target=target) for case, target in _CUDA),
+]
 
 
 def of(*ops: str, table: list[Case] = CASES) -> list[Case]:

@@ -14,8 +14,12 @@ from .test_registration import recorded
 
 GOOD = {
     "kd_loss": {"student_logits": torch.randn(4, 6, 11), "teacher_logits": torch.randn(4, 6, 11)},
-    "attention_kl": dict(zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(2, 3, 5, d) for d in (4, 4, 8, 8)), strict=True)),
-    "attention_mse": dict(zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(2, 3, 5, d) for d in (4, 4, 8, 8)), strict=True)),
+    "attention_kl": dict(
+        zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(2, 3, 5, d) for d in (4, 4, 8, 8)), strict=True)
+    ),
+    "attention_mse": dict(
+        zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(2, 3, 5, d) for d in (4, 4, 8, 8)), strict=True)
+    ),
     "relation_kl": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 24), "num_heads": 3},
     "hidden_mse": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 12)},
 }
@@ -38,12 +42,24 @@ KD = {
     "rows differ": ({"teacher_logits": torch.randn(4, 5, 11)}, ValueError, "teacher_logits.*shape"),
     "no tensor": ({"student_logits": [1.0]}, TypeError, "student_logits.*list"),
     "integer logits": ({"student_logits": torch.ones(4, 6, 11, dtype=torch.long)}, ValueError, "student_logits.*int64"),
-    "half a byte": ({"teacher_logits": torch.ones(4, 6, 11).to(torch.float8_e4m3fn)}, ValueError, "teacher_logits.*float8"),
+    "half a byte": (
+        {"teacher_logits": torch.ones(4, 6, 11).to(torch.float8_e4m3fn)},
+        ValueError,
+        "teacher_logits.*float8",
+    ),
     "complex logits": ({"teacher_logits": torch.ones(4, 6, 11) + 0j}, ValueError, "teacher_logits.*complex"),
-    "no classes": ({"student_logits": torch.ones(4, 0), "teacher_logits": torch.ones(4, 0)}, ValueError, "student_logits.*classes"),
+    "no classes": (
+        {"student_logits": torch.ones(4, 0), "teacher_logits": torch.ones(4, 0)},
+        ValueError,
+        "student_logits.*classes",
+    ),
     "a number": ({"student_logits": torch.ones(()), "teacher_logits": torch.ones(())}, ValueError, "student_logits"),
     "teacher requires grad": ({"teacher_logits": grad(4, 6, 11)}, ValueError, "teacher_logits requires grad"),
-    "another device": ({"teacher_logits": torch.ones(4, 6, 11, device="meta")}, ValueError, "teacher_logits is on meta"),
+    "another device": (
+        {"teacher_logits": torch.ones(4, 6, 11, device="meta")},
+        ValueError,
+        "teacher_logits is on meta",
+    ),
     "kind": ({"kind": "kld"}, ValueError, "kind.*'kl', 'ce', 'reverse_kl', 'jsd', 'tv'.*'kld'"),
     "kind of another type": ({"kind": ["kl"]}, ValueError, "kind"),
     "reduction": ({"reduction": "avg"}, ValueError, "reduction.*'batchmean'.*'avg'"),
@@ -98,7 +114,8 @@ MISTAKES = {
         "T NaN": ({"temperature": float("nan")}, ValueError, "temperature"),
         "reduction": ({"reduction": "mean"}, ValueError, "reduction.*'batchmean', 'sum', 'none'.*'mean'"),
     },
-    "attention_mse": ATTENTION | {"on": ({"on": "logits"}, ValueError, "on must be one of 'scores', 'probs'.*'logits'")},
+    "attention_mse": ATTENTION
+    | {"on": ({"on": "logits"}, ValueError, "on must be one of 'scores', 'probs'.*'logits'")},
     "relation_kl": {
         "two dimensions": ({"student": torch.randn(5, 12)}, ValueError, "student.*3 dimensions"),
         "batch differs": ({"teacher": torch.randn(1, 5, 24)}, ValueError, "batch"),
@@ -121,11 +138,19 @@ MISTAKES = {
         "layers differ": ({"student": [torch.randn(2, 5, 12)] * 2}, ValueError, "layers.*2 and 1"),
         "no layers": ({"student": [], "teacher": []}, ValueError, "student.*at least one layer"),
         "two dimensions": ({"student": torch.randn(5, 12)}, ValueError, "student.*3 dimensions"),
-        "no features": ({"student": torch.ones(2, 5, 0), "teacher": torch.ones(2, 5, 0)}, ValueError, "at least one feature"),
+        "no features": (
+            {"student": torch.ones(2, 5, 0), "teacher": torch.ones(2, 5, 0)},
+            ValueError,
+            "at least one feature",
+        ),
         "no tensor": ({"student": "hidden"}, TypeError, "student.*str"),
         "teacher requires grad": ({"teacher": grad(2, 5, 12)}, ValueError, "teacher requires grad"),
         "another device": ({"teacher": torch.ones(2, 5, 12, device="meta")}, ValueError, "teacher is on meta"),
-        "weight transposed": ({"teacher": torch.ones(2, 5, 24), "weight": torch.ones(12, 24)}, ValueError, r"weight.*\[24, 12\]"),
+        "weight transposed": (
+            {"teacher": torch.ones(2, 5, 24), "weight": torch.ones(12, 24)},
+            ValueError,
+            r"weight.*\[24, 12\]",
+        ),
         "weight with one dimension": ({"weight": torch.ones(12)}, ValueError, "weight.*2 dimensions"),
         "too many weights": ({"weight": [torch.ones(12, 12)] * 3}, ValueError, "weight.*3"),
         "bias alone": ({"bias": torch.ones(12)}, ValueError, "bias needs weight"),

@@ -14,7 +14,8 @@ from .cases import CASES, of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Finite differences cost one forward per input element and direction: the smallest cases only, and where the loss has no jumps.
+# Finite differences cost one forward per input element and direction: the smallest cases only, and where the loss has
+# no jumps.
 SMALL = 1200
 CHECKED = [
     case
@@ -71,7 +72,9 @@ def test_upstream_gradient_scales(case):
     assert all((g == 0).all() for g in nothing)
 
 
-@pytest.mark.parametrize("case", [of(op)[0] for op in OPS] + [c for c in CASES if c.name in ("none", "projected_each")], **ids)
+@pytest.mark.parametrize(
+    "case", [of(op)[0] for op in OPS] + [c for c in CASES if c.name in ("none", "projected_each")], **ids
+)
 def test_backward_twice(case):
     """With retain_graph the second pass gives the first one's numbers: what was saved is not scaled in place."""
     call = case.make()

@@ -15,18 +15,37 @@ from kdkernels import _native
 ROOT = Path(__file__).parent.parent
 PRESENT = [name for name, supported in _native.isas().items() if supported]
 ABSENT = [name for name, supported in _native.isas().items() if not supported]
-USE = "import torch, kdkernels; print(kdkernels.explain()['kd_loss']['cpu']); kdkernels.functional.kd_loss(torch.ones(2, 3), torch.ones(2, 3))"
+USE = """
+import torch, kdkernels
+print(kdkernels.explain()["kd_loss"]["cpu"])
+kdkernels.functional.kd_loss(torch.ones(2, 3), torch.ones(2, 3))
+"""
 
 
 def run(isa: str, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, "KDKERNELS_CPU_ISA": isa}, capture_output=True, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "KDKERNELS_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
     )
 
 
 @pytest.mark.parametrize("isa", PRESENT)
 def test_values_on(isa):
-    done = run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "python_tests/test_values.py", "-k", "test_error_against_float64")
+    done = run(
+        isa,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "python_tests/test_values.py",
+        "-k",
+        "test_error_against_float64",
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 
 

@@ -1,4 +1,5 @@
-"""Memory beyond inputs and gradients: 32 bytes a row for logits, linear in N for attention, to the byte as ATen's allocator counts it."""
+"""Memory beyond inputs and gradients: 32 bytes a row for logits, linear in N for attention, to the byte as ATen's
+allocator counts it."""
 
 import pytest
 
@@ -41,7 +42,20 @@ def test_kd_loss_does_not_copy_strided_logits():
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_attention_kl_is_linear_in_tokens(padded, reduction):
     sizes = [
-        extra(attention("attention_kl", "", "", n, 16, 32, batch=2, heads=4, mask=(n, n // 3) if padded else None, reduction=reduction))
+        extra(
+            attention(
+                "attention_kl",
+                "",
+                "",
+                n,
+                16,
+                32,
+                batch=2,
+                heads=4,
+                mask=(n, n // 3) if padded else None,
+                reduction=reduction,
+            )
+        )
         for n in (256, 512)
     ]
     assert sizes[1] <= 2 * sizes[0] + SCALARS

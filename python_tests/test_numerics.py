@@ -1,8 +1,10 @@
-"""The numerics list of the losses' literature (shared/reference/losses.md, section 6), each item with what naive code does instead.
+"""The numerics list of the losses' literature (shared/reference/losses.md, section 6), each item with what naive code
+does instead.
 
-Items that are tests elsewhere: masks and empty batches (1, 2) and strides (10) in test_semantics.py, upstream gradients (8), second
-derivatives (12) and backward twice (13) in test_gradients.py, torch.compile (14) in test_registration.py, thread counts (19) and
-determinism (11) in test_determinism.py, teachers that require grad (17) in test_errors.py, accuracy per dtype in test_values.py.
+Items that are tests elsewhere: masks and empty batches (1, 2) and strides (10) in test_semantics.py, upstream
+gradients (8), second derivatives (12) and backward twice (13) in test_gradients.py, torch.compile (14) in
+test_registration.py, thread counts (19) and determinism (11) in test_determinism.py, teachers that require grad (17)
+in test_errors.py, accuracy per dtype in test_values.py.
 """
 
 import math
@@ -125,7 +127,8 @@ def test_total_variation_ties():
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd", "tv"])
 @pytest.mark.parametrize("magnitude", [1.0, 100.0, 1e4])
 def test_divergences_are_never_negative_by_much(kind, magnitude):
-    """Rounding may leave a few ulp of the logits below zero, no more (verl #2899: masked tails gave positive log-probabilities)."""
+    """Rounding may leave a few ulp of the logits below zero, no more (verl #2899: masked tails gave positive
+    log-probabilities)."""
     teacher = magnitude + torch.randn(64, 130)
     rows = functional.kd_loss(teacher + 1e-3 * torch.randn(64, 130), teacher, kind=kind, reduction="none")
     assert rows.min() >= -4 * torch.finfo(torch.float32).eps * magnitude
@@ -142,7 +145,8 @@ def test_shift_by_a_constant(kind):
 
 
 def test_half_precision_logits_are_not_rounded_again():
-    """Item 5, Liger #1432: float16 logits over a small temperature leave float16's range, and bfloat16 sums lose percents."""
+    """Item 5, Liger #1432: float16 logits over a small temperature leave float16's range, and bfloat16 sums lose
+    percents."""
     student, teacher = 60 * torch.randn(4, 300).half(), 60 * torch.randn(4, 300).half()
     loss, grad = gradient(functional.kd_loss, student, teacher, temperature=1e-3)
     assert loss.isfinite() and grad.isfinite().all()
@@ -217,7 +221,9 @@ def test_hidden_states_far_from_zero():
     student = 4096 + torch.randn(2, 9, 64)
     teacher = 4096 + torch.randn(2, 9, 64)
     loss = functional.hidden_mse(student, teacher)
-    torch.testing.assert_close(loss.double(), reference.hidden_mse(student.double(), teacher.double()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss.double(), reference.hidden_mse(student.double(), teacher.double()), rtol=1e-6, atol=0
+    )
 
 
 def test_teacher_entropy_is_all_that_ce_and_kl_differ_by():
@@ -232,8 +238,10 @@ def test_teacher_entropy_is_all_that_ce_and_kl_differ_by():
     torch.testing.assert_close(kl, 9.0 * unscaled)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.op == "kd_loss" and c.near is None and not c.shape["labels"]], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.op == "kd_loss" and c.near is None and not c.shape["labels"]], ids=lambda c: c.id
+)
 def test_gradient_of_a_row_sums_to_zero(case):
     """Softmax is invariant to shifts, so what it hands back has no component along them."""
     _, (grad,) = evaluate(functional.kd_loss, case.make())
-    assert grad.double().sum(-1).abs().max() <= 2e-6 * grad.double().abs().sum(-1).max()
+    assert grad.double().sum(-1).abs().max() <= 2e-6 * grad.double().abs().sum(-1).max() + 1e-12

@@ -13,7 +13,8 @@ from .cases import CASES, of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# opcheck and the compiler take most of a second each: the plain row of each op, other layouts, masks and what is saved for backward.
+# opcheck and the compiler take most of a second each: the plain row of each op, other layouts, masks and what is
+# saved for backward.
 CHOSEN = {
     "kd_loss": ("kl", "labels_masked", "row_t", "none", "transposed", "strided"),
     "attention_kl": ("plain", "mask_holes", "none", "transposed", "strided", "expanded"),

@@ -1,5 +1,6 @@
-"""What the contract says in words: padding never matters, nothing real gives 0, reductions agree with one another, any strides, mixed
-dtypes, lists of layers, autocast. Values are compared with the same op called in a simpler way, mostly to the bit."""
+"""What the contract says in words: padding never matters, nothing real gives 0, reductions agree with one another,
+any strides, mixed dtypes, lists of layers, autocast. Values are compared with the same op called in a simpler way,
+mostly to the bit."""
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ ids = {"ids": lambda case: case.id}
 
 
 def padding(case, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """True at the elements of x that belong to padding; x is [B, H, N, d] in the attention families, else [*mask, D]."""
+    """True at the elements of x that belong to padding; x is [B, H, N, d] in the attention families, else [*mask,
+    D]."""
     rows = mask[:, None, :, None] if case.op.startswith("attention") else mask[..., None]
     return ~rows.expand(x.shape)
 
@@ -69,7 +71,9 @@ def test_all_real_mask_is_no_mask(case):
     first = call.leaves[0]
     shape = (first.shape[0], first.shape[2]) if case.op.startswith("attention") else first.shape[:-1]
     expected = evaluate(getattr(functional, case.op), call)
-    assert equal(evaluate(getattr(functional, case.op), call.with_options(mask=torch.ones(shape, dtype=torch.bool))), expected)
+    assert equal(
+        evaluate(getattr(functional, case.op), call.with_options(mask=torch.ones(shape, dtype=torch.bool))), expected
+    )
 
 
 @pytest.mark.parametrize("case", MASKED, **ids)
@@ -95,7 +99,8 @@ def test_empty_inputs(op, empty):
 
 @pytest.mark.parametrize("case", ROWS, **ids)
 def test_reductions_agree(case):
-    """sum and batchmean are the sum of "none", and its mean over real rows; a labelled loss has two denominators and is apart."""
+    """sum and batchmean are the sum of "none", and its mean over real rows; a labelled loss has two denominators and
+    is apart."""
     call = case.make()
     function = getattr(functional, case.op)
     rows = function(**call.arguments).detach().double()
@@ -152,7 +157,8 @@ def test_inputs_stay_untouched():
 
 
 def test_lists_of_layers_are_the_sum():
-    """For each layer alone and all together: the same loss and the same gradients, the shared weight's being the sum."""
+    """For each layer alone and all together: the same loss and the same gradients, the shared weight's being the
+    sum."""
     for case in (case for case in of("hidden_mse") if (case.shape["layers"] or 0) > 1):
         call = case.make()
         loss, gradients = evaluate(functional.hidden_mse, call)
@@ -191,7 +197,9 @@ def test_all_labels_ignored():
     call = next(case for case in of("kd_loss") if case.name == "labels").make()
     ignored = call.with_options(labels=torch.full_like(call.other["labels"], -100))
     soft = {name: value for name, value in call.arguments.items() if name not in ("labels", "alpha")}
-    torch.testing.assert_close(functional.kd_loss(**ignored.arguments), call.other["alpha"] * functional.kd_loss(**soft))
+    torch.testing.assert_close(
+        functional.kd_loss(**ignored.arguments), call.other["alpha"] * functional.kd_loss(**soft)
+    )
 
 
 def test_own_ignore_index():

@@ -1,4 +1,5 @@
-"""Every case of the table against float64: the loss and each gradient, in every dtype and mix. Fresh memory is NaN (conftest.py)."""
+"""Every case of the table against float64: the loss and each gradient, in every dtype and mix. Fresh memory is NaN
+(conftest.py)."""
 
 import pytest
 import torch

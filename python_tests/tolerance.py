@@ -1,13 +1,13 @@
 """How accurate is accurate enough: never a guessed constant, always what eager PyTorch loses on the same inputs.
 
-Truth is the reference in float64 on the very inputs that the op got. For float32 inputs the error may be twice that of natural eager
-code in float32, for bfloat16 and float16 inputs no more than eager's in that dtype. Both errors are the worst over a few seeds, so that
-a lucky exact result of eager on one number does not fail us, and a lucky one of ours does not save us. What any result may lose is the
-rounding of the output itself and a few units in the last place of float32.
+Truth is the reference in float64 on the very inputs that the op got. For float32 inputs the error may be twice that
+of natural eager code in float32, for bfloat16 and float16 inputs no more than eager's in that dtype. Both errors are
+the worst over a few seeds, so that a lucky exact result of eager on one number does not fail us, and a lucky one of
+ours does not save us. What any result may lose is the rounding of the output itself and a few units in the last place
+of float32.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ def violations(case: Case, dtypes: tuple | None = None, device: str = "cpu", see
     single = torch.float32 in {x.dtype for x in call.leaves + call.teachers}
     outputs = [("loss", torch.float32), *((f"gradient {i}", leaf.dtype) for i, leaf in enumerate(call.leaves))]
     found = []
-    for (name, stored), mine, peer in zip(outputs, map(_worst, zip(*ours)), map(_worst, zip(*peers)), strict=True):
+    for (name, stored), mine, peer in zip(outputs, _worst(ours), _worst(peers), strict=True):
         floor = ULPS * torch.finfo(torch.float32).eps * mine.scale + TINY
         if stored != torch.float32:
             floor += torch.finfo(stored).eps / 2 * mine.scale
@@ -83,10 +83,12 @@ def violations(case: Case, dtypes: tuple | None = None, device: str = "cpu", see
 def _yardstick(op: str, call: Call, truth) -> list[Error]:
     """The errors of eager code; where that overflows to NaN, of the careful reference in float32."""
     peer = errors(eager.VARIANTS[op][0], call, truth)
-    return peer if all(math.isfinite(e.largest) for e in peer) else errors(getattr(kdkernels.reference, op), call, truth)
+    return (
+        peer if all(math.isfinite(e.largest) for e in peer) else errors(getattr(kdkernels.reference, op), call, truth)
+    )
 
 
-def _worst(found: Iterable[Error]) -> Error:
-    """Of several seeds; a NaN stays."""
-    values = torch.tensor([(e.largest, e.rms, e.scale) for e in found], dtype=torch.float64)
-    return Error(*values.amax(0).tolist())
+def _worst(seeds: list[list[Error]]) -> list[Error]:
+    """Of several seeds, per output; a NaN stays."""
+    values = torch.tensor([[(e.largest, e.rms, e.scale) for e in outputs] for outputs in seeds], dtype=torch.float64)
+    return [Error(*output) for output in values.amax(0).tolist()]

@@ -1,7 +1,7 @@
 """torch.compile at its best: every mode on every natural way of writing the loss, the fastest one stands as the peer.
 
-Which one won is remembered per case, machine and torch version in `~/.cache/kdkernels/compiled.json` (Inductor keeps the code itself), so
-only the first run pays for compiling all of them. Delete that file to choose anew.
+Which one won is remembered per case, machine and torch version in `~/.cache/kdkernels/compiled.json` (Inductor keeps
+the code itself), so only the first run pays for compiling all of them. Delete that file to choose anew.
 """
 
 import json
@@ -26,7 +26,9 @@ MODES = {
 def best(case: Case, call: Call, machine: str):
     """(the compiled function, a description of the choice), or (None, why) if nothing compiles."""
     choices = {
-        f"{variant.__name__} {mode}": (variant, options) for variant in eager.VARIANTS[case.op] for mode, options in MODES.items()
+        f"{variant.__name__} {mode}": (variant, options)
+        for variant in eager.VARIANTS[case.op]
+        for mode, options in MODES.items()
     }
     remembered = _read()
     key = f"{case.id} | {machine} | torch {torch.__version__} | {torch.get_num_threads()} threads"

@@ -1,8 +1,10 @@
-"""The losses as practitioners write them in plain PyTorch: the eager peer, what torch.compile gets, and the yardstick of accuracy.
+"""The losses as practitioners write them in plain PyTorch: the eager peer, what torch.compile gets, and the yardstick
+of accuracy.
 
-Natural code with the functions of torch.nn.functional, full padded N x N maps and masks multiplied in, as in TextBrewer, TinyBERT's and
-MiniLM's scripts; in the dtype of its inputs. Nothing is made slow on purpose: where two ways of writing a loss are common, both stand
-here and the benches take the faster. Signatures are those of `kdkernels.functional`.
+Natural code with the functions of torch.nn.functional, full padded N x N maps and masks multiplied in, as in
+TextBrewer, TinyBERT's and MiniLM's scripts; in the dtype of its inputs. Nothing is made slow on purpose: where two
+ways of writing a loss are common, both stand here and the benches take the faster. Signatures are those of
+`kdkernels.functional`.
 """
 
 import torch
@@ -54,7 +56,17 @@ def kd_loss_softmax_target(student_logits, teacher_logits, **options):
 
 
 def attention_kl(
-    q_s, k_s, q_t, k_t, mask=None, *, temperature=1.0, scale_s=None, scale_t=None, reduction="batchmean", log_target=True
+    q_s,
+    k_s,
+    q_t,
+    k_t,
+    mask=None,
+    *,
+    temperature=1.0,
+    scale_s=None,
+    scale_t=None,
+    reduction="batchmean",
+    log_target=True,
 ):
     student = _scores(q_s, k_s, scale_s, mask, temperature)
     teacher = _scores(q_t, k_t, scale_t, mask, temperature)

@@ -1,4 +1,5 @@
-"""Liger-Kernel's KLDiv and JSD on logits, where the package is installed: it takes log-probabilities, so the log-softmax is torch's."""
+"""Liger-Kernel's KLDiv and JSD on logits, where the package is installed: it takes log-probabilities, so the
+log-softmax is torch's."""
 
 import importlib.util
 
@@ -8,7 +9,8 @@ from python_tests.case import Case
 
 
 def peer(case: Case):
-    """A function with the signature of `kdkernels.functional`, or None where Liger has no such loss or is not installed."""
+    """A function with the signature of `kdkernels.functional`, or None where Liger has no such loss or is not
+    installed."""
     if case.op != "kd_loss" or importlib.util.find_spec("liger_kernel") is None:
         return None
     return {"kl": _kl, "jsd": _jsd}.get(case.options.get("kind", "kl"))

@@ -1,0 +1,155 @@
+"""`python -m benches.gpu_check --out DIR`: every GPU test and every GPU benchmark in one go, under ten minutes, with
+no network.
+
+Each part runs in a process of its own with a limit of its own, so that a crash, a hang or a failing build of one part
+loses nothing of the others. DIR gets gpu_check.json (machine, versions, commit, one entry a part, all rows), gpu.csv
+(the rows as `benches.run` writes them), and a log of each part. Exit status 1 where a part failed, 2 where there is
+no GPU.
+"""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+
+from python_tests.case import Case
+from python_tests.cases import BENCHES
+
+from . import machine
+
+BUDGET_SECONDS = 570
+BENCH_SECONDS, TEST_SECONDS = 80, 150
+TESTS = ("python_tests/test_cuda_gpu.py", "python_tests/test_triton.py")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benches.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_SECONDS, metavar="SECONDS", help="for all parts (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(f"gpu_check: no GPU: torch {torch.__version__} sees no CUDA device on this machine", file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + arguments.budget
+    table = arguments.out / "gpu.csv"
+    table.unlink(missing_ok=True)
+    report = {"facts": machine.facts("cuda"), "driver": _driver(), "parts": [], "rows": []}
+    first, *others = [_test(path, arguments.out) for path in TESTS]
+    benches = [_bench(case, table) for case in BENCHES if case.device == "cuda"]
+    for name, command, limit in [first, *benches, *others]:
+        # The tests come with a limit each, but the last part may have all that is left.
+        left = end - time.monotonic()
+        part = _run(name, command, left if (name, command, limit) == others[-1] else min(limit, left), arguments.out)
+        report["parts"].append(part)
+        report["rows"] = _rows(table)
+        _write(arguments.out / "gpu_check.json", report)
+        print(
+            f"{part['status']:9} {part['seconds']:6.1f} s  {name}" + (f"  {part['tests']}" if "tests" in part else ""),
+            flush=True,
+        )
+    for row in report["rows"]:
+        print(
+            f"{row['op']:14} {row['case']:24} {row['implementation']:14} {float(row['median_ms']):9.3f} ms "
+            f"{float(row['percent_of_ceiling']):6.1f}% of {row['bound']}"
+            + (f"  {float(row['ratio']):.2f}x (target {row['target'] or '-'})" if row["ratio"] else "")
+        )
+    passed, parts = sum(part["status"] == "passed" for part in report["parts"]), len(report["parts"])
+    print(f"gpu_check: {passed} of {parts} parts passed; results in {arguments.out}")
+    return 0 if passed == parts else 1
+
+
+def _test(path: str, out: Path) -> tuple[str, list[str], float]:
+    name = Path(path).stem
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={out.resolve() / name}.xml",
+        path,
+    ]
+    return name, command, TEST_SECONDS
+
+
+def _bench(case: Case, table: Path) -> tuple[str, list[str], float]:
+    command = [sys.executable, "-m", "benches.run", case.op, "--case", case.name, "--device", "cuda", "--seconds", "5"]
+    return case.id, [*command, "--csv", str(table.resolve())], BENCH_SECONDS
+
+
+def _run(name: str, command: list[str], seconds: float, out: Path) -> dict:
+    """One part: its status, time and exit code; what it prints goes to NAME.log as it comes."""
+    log, started = out / f"{name}.log", time.monotonic()
+    if seconds < 1:
+        return {"name": name, "status": "skipped", "seconds": 0.0, "why": "no time left"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=machine.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        try:
+            code, status = process.wait(seconds), None
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code, status = process.wait(), "timed out"
+    part = {
+        "name": name,
+        "status": status or ("passed" if code == 0 else "failed"),
+        "exit_code": code,
+        "seconds": round(time.monotonic() - started, 1),
+        "log": log.name,
+    }
+    results = out / f"{name}.xml"
+    if results.is_file():
+        suite = ElementTree.parse(results).getroot().find("testsuite")
+        part["tests"] = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
+    return part
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    if not table.is_file():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, report: dict) -> None:
+    """Whole or not at all: a run that is stopped leaves the last complete report."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(report, indent=1))
+    unfinished.replace(path)
+
+
+def _driver() -> dict[str, str]:
+    """What nvidia-smi says of the card, as far as it is there."""
+    query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"nvidia-smi": f"unavailable: {type(error).__name__}"}
+    return dict(
+        zip(query.split(","), (value.strip() for value in done.stdout.splitlines()[0].split(",")), strict=False)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

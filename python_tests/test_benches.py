@@ -1,0 +1,157 @@
+"""The benches measure what they say: they refuse wrong results, count work and memory, and write rows that can be
+plotted."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benches import gpu_check, plot, roofline, run
+from benches.peers import eager
+from kdkernels import functional, reference
+
+from . import tolerance
+from .case import OPS, Target, evaluate
+from .cases import BENCHES, CASES, attention, hidden, kd, of, relation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parent.parent
+SMALL = replace(
+    kd("small", "a test's", (8,), 64, temperature=2.0), target=Target(eager=0.001, memory=lambda call: 4096)
+)
+CEILINGS = roofline.Ceilings(1e10, 1e11, "made up")
+
+
+def test_every_op_has_targets():
+    assert {case.op for case in BENCHES} == set(OPS)
+    assert all(case.target is not None for case in BENCHES)
+    assert len({case.id for case in BENCHES}) == len(BENCHES)
+    assert len({case.id for case in CASES}) == len(CASES)
+
+
+def test_a_row():
+    ours, peer = run.measure(SMALL, [run.EAGER], 0.05, CEILINGS, {"machine": "test"})
+    assert (ours["implementation"], peer["implementation"]) == (run.OURS, run.EAGER)
+    assert ours["p20_ms"] <= ours["median_ms"] <= ours["p80_ms"]
+    assert ours["bytes"] == 3 * 8 * 64 * 4
+    assert ours["percent_of_ceiling"] == pytest.approx(100 * ours["floor_ms"] / ours["median_ms"])
+    assert ours["extra_reached"] and ours["extra_bytes"] <= 8 * 32 + 1024
+    assert peer["ratio"] > 0 and peer["reached"]
+    assert max(ours["loss_error"], ours["gradient_error"]) < 1e-5
+    assert set(ours) | set(peer) <= set(run.COLUMNS)
+
+
+def test_wrong_results_are_not_timed(monkeypatch):
+    monkeypatch.setattr(functional, "kd_loss", lambda *args, **options: 1.01 * reference.kd_loss(*args, **options))
+    monkeypatch.setattr(run, "interleaved", lambda *_: pytest.fail("timed"))
+    with pytest.raises(run.Mismatch, match="not timed"):
+        run.measure(SMALL, [], 0.05, CEILINGS, {"machine": "test"})
+
+
+def test_a_peer_that_computes_something_else_is_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(eager.VARIANTS, "kd_loss", (lambda *args, **options: 2 * eager.kd_loss(*args, **options),))
+    rows = run.measure(SMALL, [run.EAGER], 0.05, CEILINGS, {"machine": "test"})
+    assert [row["implementation"] for row in rows] == [run.OURS]
+    assert "left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_eager_code_computes_the_same(op):
+    """Its accuracy is the yardstick, so it must be the same formula: in float64 it agrees to float64's rounding."""
+    for case in of(op):
+        if case.spread > 10:  # where natural code gives NaN
+            continue
+        call = case.make(dtypes=(torch.float64, torch.float64))
+        if torch.is_tensor(call.other.get("temperature")):
+            call = call.with_options(temperature=call.other["temperature"].double())
+        truth = evaluate(getattr(reference, op), call)
+        for variant in eager.VARIANTS[op]:
+            got = evaluate(variant, call)
+            torch.testing.assert_close([got[0], *got[1]], [truth[0], *truth[1]], rtol=1e-7, atol=1e-12, msg=case.id)
+
+
+@pytest.mark.parametrize(
+    "case", [kd("", "", (64,), 100000), attention("attention_kl", "", "", batch=4, heads=60, tokens=1024, d_s=32)]
+)
+def test_truth_in_parts_is_the_truth(case, monkeypatch):
+    monkeypatch.setattr(run, "LARGE", 1)
+    small = replace(
+        case, shape={**case.shape, **({"classes": 50} if case.op == "kd_loss" else {"tokens": 9, "heads": 2})}
+    )
+    call = small.make()
+    got, expected = run._truth(case.op, call), tolerance.truth_of(case.op, call)
+    torch.testing.assert_close([got[0], *got[1]], [expected[0], *expected[1]])
+
+
+def test_work_counts_real_tokens_only():
+    full = hidden("", "", 8, 16, batch=2)
+    half = replace(full, mask=(8, 0))
+    assert roofline.work("hidden_mse", full.make()).bytes == 3 * 2 * 8 * 16 * 4
+    assert roofline.work("hidden_mse", half.make()).bytes == 2 * 2 * 8 * 16 * 4
+    maps = attention("attention_kl", "", "", 8, 4, 6, batch=1, heads=2)
+    assert roofline.work("attention_kl", maps.make()).operations == 2 * 8 * 8 * (6 * 4 + 2 * 6)
+    pairs = relation("", "", 8, 12, 24, batch=1, num_heads=3)
+    assert roofline.work("relation_kl", pairs.make()).operations == 8 * 8 * (12 + 24 + 2 * 12)
+
+
+def test_csv_and_plot(tmp_path):
+    table = tmp_path / "rows.csv"
+    facts = {"machine": "test", "threads": "1", "torch": "0", "commit": "none"}
+    for _ in range(2):
+        run.append(table, run.measure(SMALL, [run.EAGER], 0.05, CEILINGS, facts))
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["implementation"] for row in rows] == [run.OURS, run.EAGER] * 2
+    assert plot.main([str(table)]) == 0
+    assert (tmp_path / "rows.png").stat().st_size > 5000
+    assert plot.main([str(tmp_path / "missing.csv")]) == 2
+
+
+def test_command_line():
+    def call(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "benches.run", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+
+    listed = call("relation_kl", "--list")
+    assert listed.returncode == 0 and "n256_padded" in listed.stdout and "kd_loss" not in listed.stdout
+    unknown = call("kd_lose")
+    assert unknown.returncode == 2 and "kd_lose" in unknown.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path, capsys):
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_check_survives_failing_parts(tmp_path, monkeypatch, capsys):
+    """A part that fails, one that hangs and one that works, as on a machine with a GPU."""
+    scripts = {
+        "broken": "import sys; print('no'); sys.exit(3)",
+        "hangs": "import time; time.sleep(60)",
+        "works": "print('yes')",
+    }
+    parts = {name: (name, [sys.executable, "-c", script], 2.0) for name, script in scripts.items()}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.machine, "facts", lambda device: {"machine": device})
+    monkeypatch.setattr(gpu_check, "TESTS", ("broken", "works"))
+    monkeypatch.setattr(gpu_check, "BENCHES", [replace(SMALL, device="cuda")])
+    monkeypatch.setattr(gpu_check, "_test", lambda path, out: parts[path])
+    monkeypatch.setattr(gpu_check, "_bench", lambda case, table: parts["hangs"])
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [(part["name"], part["status"]) for part in report["parts"]] == [
+        ("broken", "failed"),
+        ("hangs", "timed out"),
+        ("works", "passed"),
+    ]
+    assert (tmp_path / "broken.log").read_text() == "no\n"
+    assert "1 of 3 parts passed" in capsys.readouterr().out
