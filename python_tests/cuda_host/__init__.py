@@ -82,7 +82,7 @@ class Host:
     Where the machine can, products are fused into additions, as nvcc does.
     """
 
-    FLAGS = ("-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-shared",
+    FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-shared",
              "-fsanitize=undefined", "-fno-sanitize-recover=all")  # fmt: skip
 
     def __init__(self, compiler: str, folder: Path):

@@ -1,11 +1,11 @@
-// The part of CUDA that csrc/cuda uses, on the CPU, for tests: put this folder first on the include path and the sources of the kernels
-// compile with the host compiler and run there.
+// The part of CUDA that csrc/cuda uses, on the CPU, for tests: with this folder first on the include path the sources of the
+// kernels compile with the host compiler and run there.
 //
-// Blocks run one after the other, and the threads of a block as fibers in index order: a fiber runs until it waits for its block
-// (__syncthreads) or its warp (a shuffle). What a GPU would turn into a hang or into garbage is an error here: a barrier that some
-// threads of the block never reach, a shuffle that misses lanes, shared memory read before it was written (it holds NaN when a block
-// starts), and, with -fsanitize=undefined, misaligned vector loads and indices out of bounds. A race shows as results that depend on
-// host_threads_reversed.
+// Blocks run one after the other. The threads of a block are fibers: a warp runs to its next __syncthreads before the next warp
+// starts, the most uneven progress that barriers allow, so that a missing one shows. What a GPU would turn into a hang or into
+// garbage is an error here: a barrier that some threads of the block never reach, a shuffle that misses lanes, shared memory read
+// before it was written (it holds NaN when a block starts), and, with -fsanitize=undefined, misaligned vector loads and indices
+// out of bounds.
 #pragma once
 #include <ucontext.h>
 
@@ -60,7 +60,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
-  unsigned shuffles;     // how many so far; its parity chooses the slot, so that a fast lane cannot overwrite what a slow one reads
+  unsigned shuffles;  // so far; the parity chooses the slot, so that a fast lane cannot overwrite what a slow one reads
   uint64_t shuffled[2];
 };
 
@@ -92,9 +92,22 @@ inline void release(unsigned first, unsigned end) {
   for (unsigned i = first; i < end; ++i) fibers[i].state = State::kReady;
 }
 
+// Runs the lanes of one warp that can run; false if none could.
+inline bool step_warp(unsigned warp) {
+  bool progress = false;
+  for (unsigned i = 0; i < kWarp; ++i) {
+    threadIdx.x = warp * kWarp + (host_threads_reversed ? kWarp - 1 - i : i);
+    if (current().state != State::kReady) continue;
+    swapcontext(&scheduler, &current().context);
+    progress = true;
+  }
+  if (all(warp * kWarp, (warp + 1) * kWarp, State::kAtShuffle)) release(warp * kWarp, (warp + 1) * kWarp);
+  return progress;
+}
+
 // Runs one block to its end; false if its threads can never meet again.
 inline bool run_block() {
-  const unsigned threads = blockDim.x;
+  const unsigned threads = blockDim.x, warps = threads / kWarp;
   memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
   for (Fiber& fiber : fibers) {
     getcontext(&fiber.context);
@@ -104,29 +117,18 @@ inline bool run_block() {
     fiber.shuffles = 0;
     makecontext(&fiber.context, run_fiber, 0);
   }
-  while (!all(0, threads, State::kDone)) {
-    bool progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      threadIdx.x = host_threads_reversed ? threads - 1 - i : i;
-      if (current().state != State::kReady) continue;
-      swapcontext(&scheduler, &current().context);
-      progress = true;
+  while (true) {
+    for (unsigned i = 0; i < warps; ++i) {
+      while (step_warp(host_threads_reversed ? warps - 1 - i : i)) {
+      }
     }
-    for (unsigned first = 0; first < threads; first += kWarp) {
-      if (!all(first, first + kWarp, State::kAtShuffle)) continue;
-      release(first, first + kWarp);
-      progress = true;
-    }
-    if (all(0, threads, State::kAtBlockBarrier)) {
-      release(0, threads);
-      progress = true;
-    }
-    if (!progress) {
+    if (all(0, threads, State::kDone)) return true;
+    if (!all(0, threads, State::kAtBlockBarrier)) {
       failure = "threads of one block wait at different barriers, or some have returned";
       return false;
     }
+    release(0, threads);
   }
-  return true;
 }
 
 }  // namespace cuda_host
@@ -171,6 +173,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline const char* cudaGetErrorString(cudaError_t status) {
-  if (status == cudaErrorLaunchFailure) return cuda_host::failure;
-  return status == cudaErrorInvalidValue ? "invalid argument" : status == cudaErrorInvalidConfiguration ? "invalid configuration" : "no error";
+  switch (status) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    default: return cuda_host::failure;
+  }
 }
