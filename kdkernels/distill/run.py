@@ -196,8 +196,8 @@ def _trainer(recipe, stage, plan, model, tokenizer, folder, seed, use_cpu, callb
 
 @torch.no_grad()
 def _try_losses(trainer: DistillTrainer) -> None:
-    """The loss of two texts: shapes or options that do not fit are found before anything is written."""
-    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]]).to(trainer.args.device)
+    """The loss of one text, twice: shapes or options that do not fit are found before anything is written."""
+    batch = trainer.data_collator([trainer.train_dataset[0]] * 2).to(trainer.args.device)
     with torch.random.fork_rng():
         trainer.model.eval()(**batch)
 

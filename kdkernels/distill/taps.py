@@ -92,7 +92,7 @@ def collect(model: PreTrainedModel, batch: dict, names: Iterable[str]) -> dict[s
     missing = attention - recorder.kept.keys()
     if missing or (attention and recorder.calls != layers):
         raise DistillError(
-            f"{type(model).__name__} made {recorder.calls} calls to transformers' AttentionInterface for {layers} layers; "
+            f"{type(model).__name__} made {recorder.calls} calls to transformers' AttentionInterface, not {layers}; "
             "taps of q, k and v need one call a layer (BERT, RoBERTa, DistilBERT, ALBERT, MobileBERT and the like)"
         )
     return {n: _pick(n, kind, i, layers, outputs, recorder, batch) for n, (kind, i) in wanted.items()}
