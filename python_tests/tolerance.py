@@ -18,7 +18,8 @@ from benches.peers import eager
 
 from .case import Call, Case, evaluate
 
-SEEDS = range(4)
+# Where student and teacher are near one another the result is mostly rounding: chance needs more draws to even out.
+SEEDS, SEEDS_NEAR = range(4), range(12)
 ULPS = 4
 # Below this a gradient is noise of the arithmetic: terms are of order 1, and float32 resolves 1e-7 of them.
 TINY = 1e-14
@@ -54,11 +55,11 @@ def truth_of(op: str, call: Call):
     return evaluate(getattr(kdkernels.reference, op), call.to(torch.float64))
 
 
-def violations(case: Case, dtypes: tuple | None = None, device: str = "cpu", seeds=SEEDS, function=None) -> list[str]:
+def violations(case: Case, dtypes: tuple | None = None, device: str = "cpu", seeds=None, function=None) -> list[str]:
     """One line per output that is less accurate than allowed; empty if all is well."""
     function = function or getattr(kdkernels.functional, case.op)
     ours, peers = [], []
-    for seed in seeds:
+    for seed in seeds or (SEEDS if case.near is None else SEEDS_NEAR):
         call = case.make(seed, dtypes, device)
         truth = truth_of(case.op, call)
         ours.append(errors(function, call, truth))
