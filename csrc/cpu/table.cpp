@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 namespace kd::cpu {
 namespace {
@@ -27,17 +28,20 @@ namespace {
 struct Choice {
   const Table* table = nullptr;
   const char* reason = "";
-  const char* error = "";
+  std::string error;
 };
 
 Choice choose() {
   const char* forced = std::getenv("KDKERNELS_CPU_ISA");
+  if (forced && !*forced) forced = nullptr;
+  std::string accepted;
   for (const Candidate& candidate : candidates) {
-    if (forced && *forced && std::strcmp(forced, candidate.name) != 0) continue;
-    if (candidate.supported()) return {candidate.table, forced && *forced ? "forced by KDKERNELS_CPU_ISA" : "the best this CPU runs", ""};
-    if (forced && *forced) return {nullptr, "", "KDKERNELS_CPU_ISA names an ISA that this CPU lacks"};
+    if (!candidate.supported()) continue;
+    if (!forced) return {candidate.table, "the best this CPU runs", ""};
+    if (std::strcmp(forced, candidate.name) == 0) return {candidate.table, "forced by KDKERNELS_CPU_ISA", ""};
+    accepted += (accepted.empty() ? "" : ", ") + std::string(candidate.name);
   }
-  return {nullptr, "", "KDKERNELS_CPU_ISA must be generic, avx2 or avx512"};
+  return {nullptr, "", "KDKERNELS_CPU_ISA must name an ISA that this CPU runs (" + accepted + "), got '" + forced + "'"};
 }
 
 const Choice& choice() {
@@ -48,7 +52,7 @@ const Choice& choice() {
 }  // namespace
 
 const Table* table() { return choice().table; }
-const char* isa_error() { return choice().error; }
+const char* isa_error() { return choice().error.c_str(); }
 const char* isa_reason() { return choice().reason; }
 
 }  // namespace kd::cpu
