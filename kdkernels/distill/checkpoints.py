@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import DistillError
 
 STAGE_FILE = "stage.safetensors"
-_NEEDED = ("config.json", "model.safetensors", STAGE_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+# Patterns, because FSDP writes folders where a single process writes files.
+_NEEDED = ("*model*", "optimizer*", "scheduler.pt", "trainer_state.json")
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -25,7 +26,7 @@ def latest(folder: str | os.PathLike) -> Path | None:
         for p in Path(folder).glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", p.name)
     ]
-    complete = [(step, path) for step, path in found if all((path / name).is_file() for name in _NEEDED)]
+    complete = [(step, path) for step, path in found if not _missing(path)]
     return max(complete)[1] if complete else None
 
 
@@ -34,13 +35,9 @@ def check(checkpoint: str | os.PathLike) -> None:
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise DistillError(f"checkpoint {folder}: no such folder")
-    missing = [
-        name for name in _NEEDED if not (folder / name).is_file() and not (folder / f"{name}.index.json").is_file()
-    ]
+    missing = _missing(folder)
     if missing:
-        raise DistillError(
-            f"checkpoint {folder}: {missing[0]} is missing; delete the folder to go on from the one before"
-        )
+        raise DistillError(f"checkpoint {folder}: {missing} is missing; delete the folder to go on from the one before")
     for path in sorted(folder.iterdir()):
         try:
             _read(path)
@@ -48,6 +45,11 @@ def check(checkpoint: str | os.PathLike) -> None:
             raise DistillError(
                 f"checkpoint {folder}: {path.name} is corrupt ({error}); delete the folder to go on from the one before"
             ) from error
+
+
+def _missing(folder: Path) -> str | None:
+    """The first kind of file that a finished checkpoint has and this folder does not."""
+    return next((pattern for pattern in _NEEDED if not any(folder.glob(pattern))), None)
 
 
 def _read(path: Path) -> None:
@@ -63,14 +65,13 @@ def _read(path: Path) -> None:
         json.loads(path.read_text(encoding="utf-8"))
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | os.PathLike) -> None:
+def export(model: PreTrainedModel, state: dict, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
     """Writes a plain transformers folder that AutoModel.from_pretrained loads; it appears by one rename."""
     folder = Path(folder)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(unfinished)
+    model.save_pretrained(unfinished, state_dict=state)
+    tokenizer.save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
 

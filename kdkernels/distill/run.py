@@ -137,9 +137,10 @@ def run(
             where = f"from {checkpoint.name}" if checkpoint else "from the start"
             print(f"stage {number} of {len(stages)}, {stage.name}: {trainer.args.max_steps} steps, {where}", flush=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        weights = trainer.student_state()
         if state.is_main_process:
             write_text(folder / "log.json", json.dumps(trainer.state.log_history, indent=1))
-            export(trainer.student, tokenizer, exports[number - 1])
+            export(trainer.student, weights, tokenizer, exports[number - 1])
         state.wait_for_everyone()
     if state.is_main_process:
         print(f"student: {exports[-1]}", flush=True)

@@ -95,6 +95,10 @@ class DistillTrainer(Trainer):
     def student(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model).student
 
+    def student_state(self) -> dict[str, torch.Tensor]:
+        """The student's weights, gathered where they are sharded: every process calls this."""
+        return _student_part(self.accelerator.get_state_dict(self.model))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         training = model.training
         outputs = model(
@@ -156,8 +160,7 @@ class DistillTrainer(Trainer):
         output_dir = Path(output_dir or self.args.output_dir)
         module = self.accelerator.unwrap_model(self.model)
         state = module.state_dict() if state_dict is None else state_dict
-        student = {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
-        module.student.save_pretrained(output_dir, state_dict=student)
+        module.student.save_pretrained(output_dir, state_dict=_student_part(state))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         rest = {name: value.contiguous() for name, value in state.items() if not name.startswith("student.")}
@@ -216,3 +219,7 @@ class DistillTrainer(Trainer):
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _student_part(state: dict) -> dict:
+    return {name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")}
