@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check install
 INSTALLED := $(VENV)/.installed
 
 .PHONY: build test asan demo bench lint clean
@@ -13,8 +14,9 @@ INSTALLED := $(VENV)/.installed
 # The virtual environment and the editable install are made again only when what they are made from changes.
 $(INSTALLED): requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@echo "installing the packages of requirements-dev.txt into $(VENV) and building: some minutes the first time"
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 build: $(INSTALLED)
