@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text", default=None, help="your own texts, one a line (default: the standard library's docstrings)"
     )
     demo.add_argument("--layers", type=int, default=3, help="layers of the student (default: %(default)s)")
-    demo.add_argument("--epochs", type=float, default=6.0, help="passes over the texts (default: %(default)s)")
+    demo.add_argument("--epochs", type=float, default=5.0, help="passes over the texts (default: %(default)s)")
     demo.add_argument("--length", type=int, default=128, help="tokens that a text is cut to (default: %(default)s)")
     demo.add_argument("--fresh", action="store_true", help="start over instead of continuing an interrupted run")
     demo.set_defaults(run=_demo)

@@ -23,7 +23,7 @@ from . import tiny
 HERE = Path(__file__).parent
 
 # Kills itself at a chosen moment: "step" N: at the start of optimiser step N; "write" N: with the N-th torch.save half
-# done; "rename" N: just before the N-th checkpoint would get its name.
+# done; "rename" N: just after the N-th checkpoint got its name, before an old one is deleted.
 SABOTAGE = """
 import os, signal, sys, torch, transformers
 torch.set_num_threads(1)

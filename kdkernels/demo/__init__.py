@@ -48,7 +48,7 @@ def demo(
     teacher: str | None = None,
     text: str | None = None,
     layers: int = 3,
-    epochs: float = 6.0,
+    epochs: float = 5.0,
     length: int = 128,
     fresh: bool = False,
 ) -> dict:
@@ -107,8 +107,8 @@ def _report(plan: Recipe, teacher, student, tokenizer, train: list[str], held_ou
         got = measure.embeddings(model, tokenizer, held_out, length)
         quality[when] = {"similarity": measure.similarity(got, goal), "overlap": measure.neighbour_overlap(got, goal)}
     rows = sorted(encode([{"text": t} for t in train], tokenizer, length), key=lambda row: len(row["input_ids"]))
-    # Eight batches spread over the lengths that training sees.
-    starts = [int((i + 0.5) / 8 * max(len(rows) - _BATCH, 1)) for i in range(8)]
+    # Six batches spread over the lengths that training sees.
+    starts = [int((i + 0.5) / 6 * max(len(rows) - _BATCH, 1)) for i in range(6)]
     batches = [dict(collator(tokenizer)(rows[start : start + _BATCH])) for start in starts]
     return quality | {
         "teacher": measure.cost(teacher, tokenizer, held_out[:100], length),

@@ -30,7 +30,7 @@ def draw(report: dict, path: Path) -> None:
         _steps(axes[1, 1], report)
         figure.suptitle(
             f"{report['teacher_layers']} layers distilled into {report['student_layers']} "
-            f"on {report['train_texts']:,} texts, {report['threads']} CPU threads",
+            f"on {report['train_texts']:,} texts, CPU threads: {report['threads']}",
             fontsize=13, x=0.01, ha="left",
         )  # fmt: skip
         unfinished = path.with_name(f"unfinished-{path.name}")

@@ -62,7 +62,7 @@ def cost(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequ
 
 
 def step_times(
-    student: PreTrainedModel, teacher: PreTrainedModel, stage: Stage, batches: Sequence[dict], rounds: int = 3
+    student: PreTrainedModel, teacher: PreTrainedModel, stage: Stage, batches: Sequence[dict], rounds: int = 2
 ) -> dict:
     """Median milliseconds of a training step, fused and eager: the whole step, and the losses alone (forward and
     backward).
