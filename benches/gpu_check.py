@@ -2,9 +2,9 @@
 no network.
 
 Each part runs in a process of its own with a limit of its own, so that a crash, a hang or a failing build of one part
-loses nothing of the others. DIR gets gpu_check.json (machine, versions, commit, one entry a part, all rows), gpu.csv
-(the rows as `benches.run` writes them), and a log of each part. Exit status 1 where a part failed, 2 where there is
-no GPU.
+loses nothing of the others; the tests side by side, since they mostly compile, then the benchmarks one by one. DIR
+gets gpu_check.json (machine, versions, commit, one entry a part, all rows), gpu.csv (the rows as `benches.run` writes
+them), and a log of each part. Exit status 1 where a part failed, 2 where there is no GPU.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ from python_tests.cases import BENCHES
 from . import machine
 
 BUDGET_SECONDS = 570
-BENCH_SECONDS, TEST_SECONDS = 80, 150
+BENCH_SECONDS, TEST_SECONDS = 90, 220
+# torch.compile may look for its best mode this long for each case.
+COMPILE_SECONDS = 25
 TESTS = ("python_tests/test_cuda_gpu.py", "python_tests/test_triton.py")
 
 
@@ -45,19 +48,16 @@ def main(argv: list[str] | None = None) -> int:
     table = arguments.out / "gpu.csv"
     table.unlink(missing_ok=True)
     report = {"facts": machine.facts("cuda"), "driver": _driver(), "parts": [], "rows": []}
-    first, *others = [_test(path, arguments.out) for path in TESTS]
-    benches = [_bench(case, table) for case in BENCHES if case.device == "cuda"]
-    for name, command, limit in [first, *benches, *others]:
-        # The tests come with a limit each, but the last part may have all that is left.
+    tests = [_start(*_test(path, arguments.out), arguments.out) for path in TESTS]
+    for running in tests:
+        _note(report, running.finish(min(TEST_SECONDS, end - time.monotonic())), table, arguments.out)
+    for case in (case for case in BENCHES if case.device == "cuda"):
         left = end - time.monotonic()
-        part = _run(name, command, left if (name, command, limit) == others[-1] else min(limit, left), arguments.out)
-        report["parts"].append(part)
-        report["rows"] = _rows(table)
-        _write(arguments.out / "gpu_check.json", report)
-        print(
-            f"{part['status']:9} {part['seconds']:6.1f} s  {name}" + (f"  {part['tests']}" if "tests" in part else ""),
-            flush=True,
-        )
+        if left < 1:
+            _note(report, {"name": case.id, "status": "no time", "seconds": 0.0}, table, arguments.out)
+            continue
+        running = _start(*_bench(case, table), arguments.out)
+        _note(report, running.finish(min(BENCH_SECONDS, left)), table, arguments.out)
     for row in report["rows"]:
         print(
             f"{row['op']:14} {row['case']:24} {row['implementation']:14} {float(row['median_ms']):9.3f} ms "
@@ -69,54 +69,61 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if passed == parts else 1
 
 
-def _test(path: str, out: Path) -> tuple[str, list[str], float]:
-    name = Path(path).stem
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={out.resolve() / name}.xml",
-        path,
-    ]
-    return name, command, TEST_SECONDS
+@dataclass
+class Running:
+    """A part at work; what it prints goes to NAME.log as it comes."""
+
+    name: str
+    process: subprocess.Popen
+    log: Path
+    started: float
+
+    def finish(self, seconds: float) -> dict:
+        """Its status, exit code and time, once it has ended or run for `seconds` since it started."""
+        try:
+            code = self.process.wait(max(0, seconds - (time.monotonic() - self.started)))
+            status = "passed" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            code, status = self.process.wait(), "timed out"
+        spent = round(time.monotonic() - self.started, 1)
+        part = {"name": self.name, "status": status, "exit_code": code, "seconds": spent, "log": self.log.name}
+        results = self.log.with_suffix(".xml")
+        if results.is_file():
+            suite = ElementTree.parse(results).getroot().find("testsuite")
+            part["tests"] = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
+        return part
 
 
-def _bench(case: Case, table: Path) -> tuple[str, list[str], float]:
-    command = [sys.executable, "-m", "benches.run", case.op, "--case", case.name, "--device", "cuda", "--seconds", "5"]
-    return case.id, [*command, "--csv", str(table.resolve())], BENCH_SECONDS
-
-
-def _run(name: str, command: list[str], seconds: float, out: Path) -> dict:
-    """One part: its status, time and exit code; what it prints goes to NAME.log as it comes."""
-    log, started = out / f"{name}.log", time.monotonic()
-    if seconds < 1:
-        return {"name": name, "status": "skipped", "seconds": 0.0, "why": "no time left"}
+def _start(name: str, command: list[str], out: Path) -> Running:
+    log, environment = out / f"{name}.log", {**os.environ, "PYTHONUNBUFFERED": "1"}
+    log.with_suffix(".xml").unlink(missing_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=machine.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-        try:
-            code, status = process.wait(seconds), None
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code, status = process.wait(), "timed out"
-    part = {
-        "name": name,
-        "status": status or ("passed" if code == 0 else "failed"),
-        "exit_code": code,
-        "seconds": round(time.monotonic() - started, 1),
-        "log": log.name,
-    }
-    results = out / f"{name}.xml"
-    if results.is_file():
-        suite = ElementTree.parse(results).getroot().find("testsuite")
-        part["tests"] = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-    return part
+            command, cwd=machine.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return Running(name, process, log, time.monotonic())
+
+
+def _test(path: str, out: Path) -> tuple[str, list[str]]:
+    results = out.resolve() / f"{Path(path).stem}.xml"
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={results}"]
+    return Path(path).stem, [sys.executable, "-m", "pytest", *options, path]
+
+
+def _bench(case: Case, table: Path) -> tuple[str, list[str]]:
+    options = ["--device", "cuda", "--seconds", "5", "--compile-seconds", str(COMPILE_SECONDS)]
+    command = [sys.executable, "-m", "benches.run", case.op, "--case", case.name, *options]
+    return case.id, [*command, "--csv", str(table.resolve())]
+
+
+def _note(report: dict, part: dict, table: Path, out: Path) -> None:
+    """Prints the part and stores everything known so far."""
+    counts = f"  {part['tests']}" if "tests" in part else ""
+    print(f"{part['status']:9} {part['seconds']:6.1f} s  {part['name']}{counts}", flush=True)
+    report["parts"].append(part)
+    report["rows"] = _rows(table)
+    _write(out / "gpu_check.json", report)
 
 
 def _rows(table: Path) -> list[dict[str, str]]:

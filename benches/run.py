@@ -48,6 +48,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Effort:
+    """Which peers, and the seconds for the timed rounds and for choosing torch.compile's mode, per case."""
+
+    peers: tuple[str, ...] = PEERS
+    seconds: float = 8.0
+    compile_seconds: float = 300.0
+
+
 @dataclass
 class Entry:
     """One implementation on one case, and its rows' values as they become known."""
@@ -79,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("benches.run: --device cuda, but torch sees no GPU", file=sys.stderr)
         return 2
-    return 1 if measure_all(cases, arguments.device, arguments.peers, arguments.seconds, arguments.csv) else 0
+    effort = Effort(tuple(arguments.peers), arguments.seconds, arguments.compile_seconds)
+    return 1 if measure_all(cases, arguments.device, effort, arguments.csv) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,14 +101,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all that run here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--seconds", type=float, default=8.0, help="for the timed rounds of one case (default: %(default)s)"
+        "--seconds", type=float, default=Effort.seconds, help="for the timed rounds of one case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile-seconds",
+        type=float,
+        default=Effort.compile_seconds,
+        help="for trying torch.compile's modes on one case, the first time (default: %(default)s)",
     )
     parser.add_argument("--csv", metavar="PATH", type=Path, help="append the rows to this file")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     return parser
 
 
-def measure_all(cases: list[Case], device: str, peers: list[str], seconds: float, out: Path | None) -> list[str]:
+def measure_all(cases: list[Case], device: str, effort: Effort, out: Path | None) -> list[str]:
     """Measures, prints and stores; returns what went wrong, one line per case."""
     facts, ceilings, failures = machine.facts(device), {}, []
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
@@ -112,7 +128,7 @@ def measure_all(cases: list[Case], device: str, peers: list[str], seconds: float
             ceilings[arithmetic] = roofline.measure(device, arithmetic, torch.get_num_threads())
             print(f"ceilings: {ceilings[arithmetic].described}", flush=True)
         try:
-            rows = measure(case, peers, seconds, ceilings[arithmetic], facts)
+            rows = measure(case, effort, ceilings[arithmetic], facts)
         except (Mismatch, RuntimeError, NotImplementedError) as error:
             failures.append(f"{case.id}: {str(error).splitlines()[0]}")
             print(f"\n{failures[-1]}", file=sys.stderr, flush=True)
@@ -123,10 +139,10 @@ def measure_all(cases: list[Case], device: str, peers: list[str], seconds: float
     return failures
 
 
-def measure(case: Case, peers: list[str], seconds: float, ceilings: roofline.Ceilings, facts: dict) -> list[dict]:
+def measure(case: Case, effort: Effort, ceilings: roofline.Ceilings, facts: dict) -> list[dict]:
     """The rows of one case, ours first."""
     call = case.make()
-    entries = _entries(case, call, peers, facts["machine"])
+    entries = _entries(case, call, effort, facts["machine"])
     truth = _truth(case.op, call)
     for entry in list(entries):
         _compare(entry, call, truth, entries)
@@ -135,7 +151,7 @@ def measure(case: Case, peers: list[str], seconds: float, ceilings: roofline.Cei
     floor, bound = ceilings.floor(work)
     for entry in entries:
         entry.values["extra_bytes"] = memory.extra_bytes(entry.runner)
-    times = interleaved([entry.runner for entry in entries], seconds)
+    times = interleaved([entry.runner for entry in entries], effort.seconds)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     rows = []
     for entry in entries:
@@ -170,19 +186,19 @@ def _truth(op: str, call: Call):
     return sum(losses), [torch.cat(pieces) for pieces in zip(*gradients, strict=True)]
 
 
-def _entries(case: Case, call: Call, peers: list[str], where: str) -> list[Entry]:
+def _entries(case: Case, call: Call, effort: Effort, where: str) -> list[Entry]:
     entries = [Entry(Runner(OURS, getattr(kdkernels.functional, case.op), call))]
     if case.target.float32 is not None:
         entries.append(Entry(Runner(FLOAT32, getattr(kdkernels.functional, case.op), call.to(torch.float32))))
-    if EAGER in peers:
+    if EAGER in effort.peers:
         candidates = [Runner(EAGER, variant, call) for variant in eager.VARIANTS[case.op]]
         fastest = min(candidates, key=quick) if len(candidates) > 1 else candidates[0]
         entries.append(Entry(fastest, fastest.function.__name__))
-    if COMPILE in peers:
-        function, choice = compiled.best(case, call, where)
+    if COMPILE in effort.peers:
+        function, choice = compiled.best(case, call, where, effort.compile_seconds)
         if function is not None:
             entries.append(Entry(Runner(COMPILE, function, call), choice))
-    if LIGER in peers and case.device == "cuda":
+    if LIGER in effort.peers and case.device == "cuda":
         function = liger.peer(case)
         if function is not None:
             entries.append(Entry(Runner(LIGER, function, call)))

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = replace(
     kd("small", "a test's", (8,), 64, temperature=2.0), target=Target(eager=0.001, memory=lambda call: 4096)
 )
+BRIEFLY = run.Effort(peers=(run.EAGER,), seconds=0.05)
 CEILINGS = roofline.Ceilings(1e10, 1e11, "made up")
 
 
@@ -36,7 +37,7 @@ def test_every_op_has_targets():
 
 
 def test_a_row():
-    ours, peer = run.measure(SMALL, [run.EAGER], 0.05, CEILINGS, {"machine": "test"})
+    ours, peer = run.measure(SMALL, BRIEFLY, CEILINGS, {"machine": "test"})
     assert (ours["implementation"], peer["implementation"]) == (run.OURS, run.EAGER)
     assert ours["p20_ms"] <= ours["median_ms"] <= ours["p80_ms"]
     assert ours["bytes"] == 3 * 8 * 64 * 4
@@ -51,12 +52,12 @@ def test_wrong_results_are_not_timed(monkeypatch):
     monkeypatch.setattr(functional, "kd_loss", lambda *args, **options: 1.01 * reference.kd_loss(*args, **options))
     monkeypatch.setattr(run, "interleaved", lambda *_: pytest.fail("timed"))
     with pytest.raises(run.Mismatch, match="not timed"):
-        run.measure(SMALL, [], 0.05, CEILINGS, {"machine": "test"})
+        run.measure(SMALL, BRIEFLY, CEILINGS, {"machine": "test"})
 
 
 def test_a_peer_that_computes_something_else_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(eager.VARIANTS, "kd_loss", (lambda *args, **options: 2 * eager.kd_loss(*args, **options),))
-    rows = run.measure(SMALL, [run.EAGER], 0.05, CEILINGS, {"machine": "test"})
+    rows = run.measure(SMALL, BRIEFLY, CEILINGS, {"machine": "test"})
     assert [row["implementation"] for row in rows] == [run.OURS]
     assert "left out" in capsys.readouterr().err
 
@@ -104,7 +105,7 @@ def test_csv_and_plot(tmp_path):
     table = tmp_path / "rows.csv"
     facts = {"machine": "test", "threads": "1", "torch": "0", "commit": "none"}
     for _ in range(2):
-        run.append(table, run.measure(SMALL, [run.EAGER], 0.05, CEILINGS, facts))
+        run.append(table, run.measure(SMALL, BRIEFLY, CEILINGS, facts))
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["implementation"] for row in rows] == [run.OURS, run.EAGER] * 2
@@ -133,25 +134,18 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path, capsys):
 
 
 def test_gpu_check_survives_failing_parts(tmp_path, monkeypatch, capsys):
-    """A part that fails, one that hangs and one that works, as on a machine with a GPU."""
-    scripts = {
-        "broken": "import sys; print('no'); sys.exit(3)",
-        "hangs": "import time; time.sleep(60)",
-        "works": "print('yes')",
-    }
-    parts = {name: (name, [sys.executable, "-c", script], 2.0) for name, script in scripts.items()}
+    """A part that fails, one that works and one that hangs, as on a machine with a GPU."""
+    scripts = {"broken": "import sys; print('no'); sys.exit(3)", "works": "print('yes')"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check.machine, "facts", lambda device: {"machine": device})
-    monkeypatch.setattr(gpu_check, "TESTS", ("broken", "works"))
+    monkeypatch.setattr(gpu_check, "TESTS", tuple(scripts))
     monkeypatch.setattr(gpu_check, "BENCHES", [replace(SMALL, device="cuda")])
-    monkeypatch.setattr(gpu_check, "_test", lambda path, out: parts[path])
-    monkeypatch.setattr(gpu_check, "_bench", lambda case, table: parts["hangs"])
+    monkeypatch.setattr(gpu_check, "BENCH_SECONDS", 1)
+    monkeypatch.setattr(gpu_check, "_test", lambda path, out: (path, [sys.executable, "-c", scripts[path]]))
+    monkeypatch.setattr(gpu_check, "_bench", lambda case, table: ("hangs", ["sleep", "60"]))
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [(part["name"], part["status"]) for part in report["parts"]] == [
-        ("broken", "failed"),
-        ("hangs", "timed out"),
-        ("works", "passed"),
-    ]
+    expected = [("broken", "failed"), ("works", "passed"), ("hangs", "timed out")]
+    assert [(part["name"], part["status"]) for part in report["parts"]] == expected
     assert (tmp_path / "broken.log").read_text() == "no\n"
     assert "1 of 3 parts passed" in capsys.readouterr().out
