@@ -149,7 +149,7 @@ def test_16_bit_products_run_on_tensor_cores(capability, kernels):
         assert all(instruction in kernel.asm["ptx"] for kernel in compiled[name])
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", (80, 90))
 def test_gram_products_run_on_float64_tensor_cores(capability, kernels):
     compiled = kernels(capability, run_attention_mse, torch.float32, "scores")
     for name in ("_gram_kernel", "_gram_backward_kernel"):
