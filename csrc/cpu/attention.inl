@@ -10,7 +10,8 @@
 // blocks that fit the L2 cache: both scores, both softmaxes, the loss, dx in place, and dx goes into dq and dk while it is hot. So
 // the maps are computed once, in memory linear in N. Floor: 2 n^2 (d_s + d_t) + 4 n^2 d_s fp32 operations and 2 n^2 exponentials.
 //
-// Before a softmax scores come out of the product in units of log 2 (the factor is in the packed queries), so that it is exp2.
+// Scores stay q k^T until the exponential multiplies them by |scale| * log2(e) without rounding the product: a query that is scaled
+// first carries its rounding into all scores of its row. Only the scale's sign is packed with the queries, so that maxima are maxima.
 
 struct MapSizes {
   int64_t tokens, rows, columns;  // tokens; padded to whole tiles; the distance between rows of a map block
@@ -30,7 +31,7 @@ inline MapSizes map_sizes(const Attention& op) {
   return s;
 }
 
-// The item's operands, packed: queries times scale * log2(e) by rows, keys by rows and as transposed panels.
+// The item's operands, packed: queries times the sign of the scale by rows, keys by rows and as transposed panels.
 struct MapBuffers {
   int32_t* token;  // packed row -> token
   float *q_s, *q_t, *k_s, *panels_s, *panels_t;
@@ -115,9 +116,19 @@ inline void for_vectors(int64_t n, const F& f) {
 inline vf load_up_to(const float* p, int64_t lanes, float fill) { return lanes == W ? load(p) : load_n(p, lanes, fill); }
 inline void store_up_to(float* p, vf x, int64_t lanes) { lanes == W ? store(p, x) : store_n(p, x, lanes); }
 
+// What turns differences of scores into differences of x, and into exponents of 2.
+struct RowScales {
+  vf s, t, log2_s, log2_t;
+};
+
+inline RowScales row_scales(const Attention& op) {
+  const float s = __builtin_fabsf(op.scale_s), t = __builtin_fabsf(op.scale_t);
+  return {set1(s), set1(t), set1(static_cast<float>(s * 1.4426950408889634)), set1(static_cast<float>(t * 1.4426950408889634))};
+}
+
 // One row of both maps: the loss, and where kGrad, dx (times `weight`) over `s`.
 template <bool kGrad>
-inline double kl_row(float* s, float* t, int64_t n, float weight) {
+inline double kl_row(const RowScales& scale, float* s, float* t, int64_t n, float weight) {
   const float ninf = -__builtin_inff();
   vf max_s = set1(ninf), max_t = max_s;
   for_vectors(n, [&](int64_t i, int64_t lanes) {
@@ -128,10 +139,10 @@ inline double kl_row(float* s, float* t, int64_t n, float weight) {
   vf z_s = set1(0.0f), z_t = z_s, moment = z_s;
   for_vectors(n, [&](int64_t i, int64_t lanes) {
     const vf ds = load_up_to(s + i, lanes, ninf) - ms, dt = load_up_to(t + i, lanes, ninf) - mt;
-    const vf es = exp2(ds), et = exp2(dt);
+    const vf es = exp2_scaled(ds, scale.log2_s), et = exp2_scaled(dt, scale.log2_t);
     z_s += es;
     z_t += et;
-    moment += weigh(et, dt - ds);
+    moment += weigh(et, dt * scale.t - ds * scale.s);
     if (kGrad) {
       store_up_to(s + i, es, lanes);
       store_up_to(t + i, et, lanes);
@@ -144,11 +155,11 @@ inline double kl_row(float* s, float* t, int64_t n, float weight) {
       store_up_to(s + i, load_up_to(s + i, lanes, 0) * scale_s - load_up_to(t + i, lanes, 0) * scale_t, lanes);
     });
   }
-  return sum(moment) / zt * 0.6931471805599453 - __builtin_log(zt / zs);
+  return sum(moment) / zt - __builtin_log(zt / zs);
 }
 
 template <bool kGrad>
-inline double mse_row(float* s, float* t, int64_t n, float weight) {
+inline double mse_row(const RowScales& scale, float* s, float* t, int64_t n, float weight) {
   const float ninf = -__builtin_inff();
   vf max_s = set1(ninf), max_t = max_s;
   for_vectors(n, [&](int64_t i, int64_t lanes) {
@@ -158,7 +169,8 @@ inline double mse_row(float* s, float* t, int64_t n, float weight) {
   const vf ms = set1(max(max_s)), mt = set1(max(max_t));
   vf z_s = set1(0.0f), z_t = z_s;
   for_vectors(n, [&](int64_t i, int64_t lanes) {
-    const vf es = exp2(load_up_to(s + i, lanes, ninf) - ms), et = exp2(load_up_to(t + i, lanes, ninf) - mt);
+    const vf es = exp2_scaled(load_up_to(s + i, lanes, ninf) - ms, scale.log2_s);
+    const vf et = exp2_scaled(load_up_to(t + i, lanes, ninf) - mt, scale.log2_t);
     z_s += es;
     z_t += et;
     store_up_to(s + i, es, lanes);
@@ -185,11 +197,11 @@ inline double mse_row(float* s, float* t, int64_t n, float weight) {
 }
 
 template <bool kGrad>
-inline double scores_row(float* s, const float* t, int64_t n, float weight) {
+inline double scores_row(const RowScales& scale, float* s, const float* t, int64_t n, float weight) {
   vf squares = set1(0.0f);
   const vf twice = set1(2 * weight);
   for_vectors(n, [&](int64_t i, int64_t lanes) {
-    const vf e = load_up_to(s + i, lanes, 0) - load_up_to(t + i, lanes, 0);
+    const vf e = load_up_to(s + i, lanes, 0) * scale.s - load_up_to(t + i, lanes, 0) * scale.t;
     squares = fma(e, e, squares);
     if (kGrad) store_up_to(s + i, e * twice, lanes);
   });
@@ -197,11 +209,11 @@ inline double scores_row(float* s, const float* t, int64_t n, float weight) {
 }
 
 template <bool kGrad>
-inline double map_row(MapLoss kind, float* s, float* t, int64_t n, float weight) {
+inline double map_row(MapLoss kind, const RowScales& scale, float* s, float* t, int64_t n, float weight) {
   switch (kind) {
-    case MapLoss::kKl: return kl_row<kGrad>(s, t, n, weight);
-    case MapLoss::kMseProbs: return mse_row<kGrad>(s, t, n, weight);
-    default: return scores_row<kGrad>(s, t, n, weight);
+    case MapLoss::kKl: return kl_row<kGrad>(scale, s, t, n, weight);
+    case MapLoss::kMseProbs: return mse_row<kGrad>(scale, s, t, n, weight);
+    default: return scores_row<kGrad>(scale, s, t, n, weight);
   }
 }
 
@@ -235,14 +247,14 @@ void attention_maps(const Attention& op, int64_t item, float* scratch) {
   map_buffers(op, size, scratch, buf);
   const int64_t n = real_tokens(op, batch, buf.token);
   const int64_t columns = round_up(n, W), key_rows = round_up(n, kRowPad);
-  const bool grad = op.grad_q || op.grad_k, softmax = op.kind != MapLoss::kMseScores;
-  const float unit = softmax ? kLog2E : 1;
+  const bool grad = op.grad_q || op.grad_k;
+  const RowScales scale = row_scales(op);
   float* losses = op.row_loss ? op.row_loss + item * op.tokens : nullptr;
   if (losses)
     for (int64_t i = 0; i < op.tokens; ++i) losses[i] = 0;
 
-  pack_rows(op.q_s, batch, head, buf.token, n, key_rows, op.scale_s * unit, buf.q_s, size.depth_s, buf.row);
-  pack_rows(op.q_t, batch, head, buf.token, n, key_rows, op.scale_t * unit, buf.q_t, op.q_t.size, buf.row);
+  pack_rows(op.q_s, batch, head, buf.token, n, key_rows, op.scale_s < 0 ? -1 : 1, buf.q_s, size.depth_s, buf.row);
+  pack_rows(op.q_t, batch, head, buf.token, n, key_rows, op.scale_t < 0 ? -1 : 1, buf.q_t, op.q_t.size, buf.row);
   pack_panels(op.k_s, batch, head, buf.token, n, buf.panels_s, buf.row);
   pack_panels(op.k_t, batch, head, buf.token, n, buf.panels_t, buf.row);
   if (grad) pack_rows(op.k_s, batch, head, buf.token, n, key_rows, 1, buf.k_s, size.depth_s, buf.row);
@@ -257,7 +269,8 @@ void attention_maps(const Attention& op, int64_t item, float* scratch) {
     for (int64_t r = 0; r < rows; ++r) {
       float *s = buf.map_s + r * size.columns, *t = buf.map_t + r * size.columns;
       const int64_t token = buf.token[first + r];
-      const double loss = grad ? map_row<true>(op.kind, s, t, n, row_weight(op, batch, head, token)) : map_row<false>(op.kind, s, t, n, 0);
+      const double loss = grad ? map_row<true>(op.kind, scale, s, t, n, row_weight(op, batch, head, token))
+                               : map_row<false>(op.kind, scale, s, t, n, 0);
       if (losses) losses[token] = static_cast<float>(loss);
       total += loss;
     }
@@ -270,12 +283,11 @@ void attention_maps(const Attention& op, int64_t item, float* scratch) {
   }
   if (op.item_loss) op.item_loss[item] = total;
   if (!grad) return;
-  // What the packed queries carry, dk must lose again.
-  const float inverse_unit = softmax ? kLn2 : 1;
+  const float rest = __builtin_fabsf(op.scale_s);  // the packed queries carry the sign
   if (op.grad_k) {
     write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, nullptr, 0, size.depth_s);
-    write_gradient(op, buf, batch, head, n, op.grad_k, op.grad_k_view, buf.dk, inverse_unit, nullptr, 0, size.depth_s);
+    write_gradient(op, buf, batch, head, n, op.grad_k, op.grad_k_view, buf.dk, rest, nullptr, 0, size.depth_s);
   } else {
-    write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, buf.dk, inverse_unit, size.depth_s);
+    write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, buf.dk, rest, size.depth_s);
   }
 }

@@ -7,11 +7,12 @@
 // not depend on n: tokens are packed a chunk at a time, once for the matrices and once for the gradients.
 //
 // Where student and teacher are close the loss is a small rest of large terms, r^2 = loss / (|a Q_s K_s^T|^2 + |b Q_t K_t^T|^2) of
-// them. fp32 would lose it at r = 0.01 and the gradients, which cancel over n tokens too, sooner. In fp64, at half the speed, both
-// are as good as eager fp32 down to r^2 = kGramFloor; below that, and for heads of so few tokens that it is cheaper, the scores are made in
-// tiles after all. Tiles of identical scores differ by exactly 0, and a NaN or an infinity ends there too.
+// them, and the gradients cancel over n tokens besides: fp32 is lost at r = 0.01. In fp64, at half the speed, loss and gradients are better
+// than those of eager fp32 down to r = 1e-6, where inputs differ in their last bits. Below kGramFloor, and for heads of so few
+// tokens that it is cheaper, the scores are made in tiles after all; tiles of identical scores differ by exactly 0. A NaN or an
+// infinity ends there too.
 
-constexpr double kGramFloor = 1e-8;  // rounding is about 1e-16 of the terms, 1e-8 of such a loss
+constexpr double kGramFloor = 1e-13;  // of r^2; rounding is a few 1e-16 of the terms
 constexpr int64_t kGramChunk = 8 * kRowPad;
 
 struct GramSizes {

@@ -120,13 +120,6 @@ inline vf exp2_scaled(vf x, vf scale) {
   return scale_pow2(fma(exp2m1_poly(f), f, set1(1.0f)), n);
 }
 
-// 2^x for x <= 0, to about 1 ulp; exp2(0) is 1 to the bit.
-inline vf exp2(vf x) {
-  const vf n = round_even(bounded_exponent(x));
-  const vf f = x - n;
-  return scale_pow2(fma(exp2m1_poly(f), f, set1(1.0f)), n);
-}
-
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 

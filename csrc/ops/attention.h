@@ -23,7 +23,8 @@ struct Attention {
   float scale_s, scale_t;  // what multiplies q k^T, temperature included
   MapLoss kind;
 
-  float* row_loss;  // [batch, heads, tokens], 0 where masked; or null
+  float* row_loss;    // [batch, heads, tokens], 0 where masked; or null
+  double* item_loss;  // [batch, heads]: their sums; or null
 
   // Gradients of the student's queries and keys; null: not wanted. Row (b, h, i) weighs grad_weight times, if row_weight is not
   // null, row_weight at (b, h, i). relation_kl: grad_k is null and grad_q gets the sum of both.

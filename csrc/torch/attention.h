@@ -45,6 +45,14 @@ inline Tensor new_gradient(const Tensor& x, ScalarType dtype) {
   return new_tensor(x, x.sizes(), dtype);
 }
 
+// Where the gradients of queries and keys go.
+inline void set_gradients(Attention& op, Tensor& grad_q, Tensor& grad_k) {
+  op.grad_q = grad_q.mutable_data_ptr();
+  op.grad_k = grad_k.mutable_data_ptr();
+  op.grad_q_view = heads_view(grad_q, "grad_q");
+  op.grad_k_view = heads_view(grad_k, "grad_k");
+}
+
 inline void run_maps(const Attention& op) {
   const cpu::Table& kernels = table();
   run_items(op.batch * op.heads, kernels.attention_scratch(op), [&](int64_t item, float* scratch) { kernels.attention_maps(op, item, scratch); });

@@ -9,14 +9,6 @@ Attention describe(const Tensor& q_s, const Tensor& k_s, const Tensor& q_t, cons
   return describe_attention(q_s, k_s, q_t, k_t, mask, scale_s / temperature, scale_t / temperature, MapLoss::kKl);
 }
 
-// Where the gradients of queries and keys go.
-void set_gradients(Attention& op, Tensor& grad_q, Tensor& grad_k) {
-  op.grad_q = grad_q.mutable_data_ptr();
-  op.grad_k = grad_k.mutable_data_ptr();
-  op.grad_q_view = heads_view(grad_q, "grad_q");
-  op.grad_k_view = heads_view(grad_k, "grad_k");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_kl(const Tensor& q_s, const Tensor& k_s, const Tensor& q_t, const Tensor& k_t,
                                                         std::optional<Tensor> mask, double temperature, double scale_s,
                                                         double scale_t, int64_t reduction, bool need_grad) {
