@@ -38,6 +38,13 @@ def gram_tiles() -> dict:
 
 
 @triton.jit
+def _load_float64(head, at, keep, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """load_tile widened. The sum over an axis of one element changes no value; it keeps Triton 3.6 from moving the
+    widening of 16-bit inputs behind the layout change for the tensor cores, where its compiler fails."""
+    return tl.sum(load_tile(head, at, keep, first, D, BLOCK_D, tl.float64)[:, None, :], 1)
+
+
+@triton.jit
 def _grams(x_s, x_t, order, b, tokens, N, i, j, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_D: tl.constexpr,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The tile (i, j) of X_s'X_s, X_t'X_s and X_t'X_t for one head, float64; 0 beyond the head sizes."""
@@ -47,10 +54,10 @@ def _grams(x_s, x_t, order, b, tokens, N, i, j, D_S: tl.constexpr, D_T: tl.const
     for start in range(0, tokens, BLOCK_N):
         keep = start + tl.arange(0, BLOCK_N) < tokens
         at = positions(order, b, start, N, BLOCK_N)
-        s_i = tl.trans(load_tile(x_s, at, keep, i, D_S, BLOCK_D, tl.float64))
-        t_i = tl.trans(load_tile(x_t, at, keep, i, D_T, BLOCK_D, tl.float64))
-        s_j = load_tile(x_s, at, keep, j, D_S, BLOCK_D, tl.float64)
-        t_j = load_tile(x_t, at, keep, j, D_T, BLOCK_D, tl.float64)
+        s_i = tl.trans(_load_float64(x_s, at, keep, i, D_S, BLOCK_D))
+        t_i = tl.trans(_load_float64(x_t, at, keep, i, D_T, BLOCK_D))
+        s_j = _load_float64(x_s, at, keep, j, D_S, BLOCK_D)
+        t_j = _load_float64(x_t, at, keep, j, D_T, BLOCK_D)
         ss = tl.dot(s_i, s_j, ss, out_dtype=tl.float64)
         ts = tl.dot(t_i, s_j, ts, out_dtype=tl.float64)
         tt = tl.dot(t_i, t_j, tt, out_dtype=tl.float64)
@@ -100,7 +107,7 @@ def _rows_times_gram(x, at, real, gram, column, D: tl.constexpr, WIDTH: tl.const
         row = first + tl.arange(0, BLOCK_D)
         inside = (row < D)[:, None] & (column < WIDTH)[None, :]
         tile = tl.load(gram + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
-        total = tl.dot(load_tile(x, at, real, first, D, BLOCK_D, tl.float64), tile, total, out_dtype=tl.float64)
+        total = tl.dot(_load_float64(x, at, real, first, D, BLOCK_D), tile, total, out_dtype=tl.float64)
     return total
 
 
