@@ -1,7 +1,8 @@
 """What is legal, said once: every public loss calls these, and nothing behind them checks semantics again.
 
-Each check raises ValueError (or TypeError for a wrong kind of object) naming the argument, what was given and what is accepted.
-Values that live on a GPU are not read (that would be a host sync): there a bad row temperature or label gives NaN for its row.
+Each check raises ValueError (or TypeError for a wrong kind of object) naming the argument, what was given and what is
+accepted. Values that live on a GPU are not read (that would be a host sync): there a bad row temperature or label gives
+NaN for its row.
 """
 
 import math
@@ -92,7 +93,9 @@ def labels(value, shape: tuple, like: torch.Tensor, classes: int, ignore_index: 
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise ValueError(f"labels must hold integer class indices, got {value.dtype}")
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"labels must have the shape {list(shape)} (the logits' without classes), got {list(value.shape)}")
+        raise ValueError(
+            f"labels must have the shape {list(shape)} (the logits' without classes), got {list(value.shape)}"
+        )
     same_device("student_logits", like, labels=value)
     if readable(value):
         bad = (value != ignore_index) & ((value < 0) | (value >= classes))
@@ -115,7 +118,7 @@ def row_temperature(value: torch.Tensor, shape: tuple, like: torch.Tensor, rows)
         value = value.reshape(()).expand(shape)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
-            f"temperature must be a number or a tensor of shape {list(shape)} (one value per row), got {list(value.shape)}"
+            f"temperature must be a number or a tensor of shape {list(shape)}, one per row; got {list(value.shape)}"
         )
     same_device("student_logits", like, temperature=value)
     if readable(value):

@@ -1,7 +1,7 @@
 """Opens the op libraries and tells which implementation each op uses.
 
-The libraries bind to torch's stable ABI and to no Python, so `torch.ops.load_library` is all that is needed. The CPU library is
-part of every build. The CUDA library is built where nvcc was found; Triton kernels are plain Python.
+The libraries bind to torch's stable ABI and to no Python, so `torch.ops.load_library` is all that is needed. The CPU
+library is part of every build. The CUDA library is built where nvcc was found; Triton kernels are plain Python.
 """
 
 import importlib.util
@@ -25,26 +25,44 @@ def load() -> None:
     cpu = _library("cpu")
     if cpu is None:
         raise ImportError(
-            f"libkdkernels_cpu is missing from {_PACKAGE.name}/: the package was not built; run `make build` or `pip install .`"
+            f"libkdkernels_cpu is missing from {_PACKAGE.name}/: the package was not built; run `make build` or "
+            "`pip install .`"
         )
     torch.ops.load_library(str(cpu))
     if _library("cuda") is not None:
         torch.ops.load_library(str(_library("cuda")))
-    if importlib.util.find_spec("triton") is not None:
+    if torch.version.cuda and _has_triton():  # half a second of import that a CPU build of torch never needs
         from . import triton  # noqa: F401  registers on import
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _missing(family: str) -> str:
+    if family in _TRITON_FAMILIES:
+        return "" if _has_triton() else "triton is not installed"
+    return "" if _library("cuda") is not None else "this installation was built without nvcc"
+
+
+# Why no kernel of ours serves a family on CUDA tensors; empty where one does. Nothing of it changes while Python runs.
+_MISSING_ON_CUDA = {family: _missing(family) for family in ops.FAMILIES}
+
+
+def serves(family: str, device: torch.device) -> bool:
+    """Whether a kernel of ours computes `family` on this device; the reference does everywhere else."""
+    return device.type == "cpu" or (device.type == "cuda" and not _MISSING_ON_CUDA[family])
 
 
 def explain() -> dict[str, dict[str, str]]:
     """Which implementation serves each op on each device and why: {op: {device: text}}."""
     from . import _native
 
+    def on_cuda(family: str) -> str:
+        if missing := _MISSING_ON_CUDA[family]:
+            return f"reference (torch): {missing}"
+        return "Triton" if family in _TRITON_FAMILIES else "CUDA C++"
+
     isa = f"C++ {_native.isa()} ({_native.isa_reason()})"
-    if importlib.util.find_spec("triton") is None:
-        triton = "none: triton is not installed"
-    else:
-        triton = "Triton"
-    cuda = "CUDA C++" if _library("cuda") is not None else "none: built without nvcc"
-    return {
-        family: {"cpu": isa, "cuda": triton if family in _TRITON_FAMILIES else cuda, "float64 and other devices": "reference (torch)"}
-        for family in ops.FAMILIES
-    }
+    other = "reference (torch)"
+    return {op: {"cpu": isa, "cuda": on_cuda(op), "float64 and other devices": other} for op in ops.FAMILIES}

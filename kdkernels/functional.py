@@ -1,18 +1,20 @@
 """The public losses, shaped like torch.nn.functional: student first, teacher second, gradients to the student only.
 
-Shared by all: inputs float32, bfloat16 or float16 (mixed too), any strides, arithmetic and result in float32; float64 inputs
-run through `kdkernels.reference` and give float64. `mask` is bool or 0/1, 1 = real token, as transformers' attention_mask; None
-= all real. Keys outside the mask are left out before any softmax, rows outside it count nowhere, and no real row at all gives
-loss 0 and gradient 0. A row is one distribution: a row of logits, or one (batch, head, query) of an attention map.
+Shared by all: inputs float32, bfloat16 or float16 (mixed too), any strides, arithmetic and result in float32; float64
+inputs run through `kdkernels.reference` and give float64. `mask` is bool or 0/1, 1 = real token, as transformers'
+attention_mask; None = all real. Keys outside the mask are left out before any softmax, rows outside it count nowhere,
+and no real row at all gives loss 0 and gradient 0. A row is one distribution: a row of logits, or one (batch, head,
+query) of an attention map.
 
-reduction: "batchmean" = sum / real rows, "sum", "none" = a value per row, 0 where masked, and for logits "mean" = sum / (real rows
-x classes). Every function raises ValueError or TypeError naming the argument that does not fit, what was given and what is
-accepted, and RuntimeError on a second derivative.
+reduction: "batchmean" = sum / real rows, "sum", "none" = a value per row, 0 where masked, and for logits "mean" = sum /
+(real rows x classes). Every function raises ValueError or TypeError naming the argument that does not fit, what was
+given and what is accepted, and RuntimeError on a second derivative.
 """
 
 import torch
 
 from . import _checks, reference
+from ._load import serves
 from .ops._common import KIND, NORMALIZE, ON, REDUCTION
 
 _ROW_REDUCTION = {name: REDUCTION[name] for name in ("batchmean", "sum", "none")}
@@ -32,20 +34,20 @@ def kd_loss(
     ignore_index=-100,
     reduction="batchmean",
 ):
-    """Distillation from logits, after Hinton et al. (arXiv 1503.02531): one pass forward, one backward, nothing V-wide is stored.
+    """Distillation from logits (Hinton et al., arXiv 1503.02531): a pass forward, a pass backward, 32 bytes a row kept.
 
     Args:
         student_logits, teacher_logits: [..., V]. -inf is a class of probability 0.
-        kind: "kl" = KL(teacher || student); "ce" = cross-entropy with soft targets (kl plus the teacher's entropy, the same
-            gradient); "reverse_kl" = KL(student || teacher); "jsd" = beta KL(teacher || m) + (1 - beta) KL(student || m) with
-            m = beta teacher + (1 - beta) student; "tv" = half the L1 distance.
+        kind: "kl" = KL(teacher || student); "ce" = cross-entropy with soft targets (kl plus the teacher's entropy, the
+            same gradient); "reverse_kl" = KL(student || teacher); "jsd" = beta KL(teacher || m) + (1 - beta) KL(student
+            || m) with m = beta teacher + (1 - beta) student; "tv" = half the L1 distance.
         temperature: both logits are divided by it; a number > 0, or a tensor [...] with one per row.
         scale_t2: multiply the soft term by T^2, the row's own T, so that its gradient does not shrink as 1/T^2.
         beta: weight of the teacher in "jsd", in [0, 1].
         mask: [...], the rows that count.
-        labels: [...], integers: adds the cross-entropy at T = 1 in the same pass, alpha soft + (1 - alpha) hard. Rows with
-            `ignore_index` have no hard term. Each term is reduced over its own rows; "mean" and "batchmean" are both the mean
-            over labelled rows for the hard term.
+        labels: [...], integers: adds the cross-entropy at T = 1 in the same pass, alpha soft + (1 - alpha) hard. Rows
+            with `ignore_index` have no hard term. Each term is reduced over its own rows; "mean" and "batchmean" are
+            both the mean over labelled rows for the hard term.
         alpha: weight of the soft term where labels are given.
         reduction: "batchmean", "mean", "sum" or "none".
 
@@ -77,24 +79,42 @@ def kd_loss(
     else:
         temperature = _checks.number("temperature", temperature, above=0)
 
-    if student.dtype == torch.float64 or teacher.dtype == torch.float64 or not _native(student):
+    if student.dtype == torch.float64 or teacher.dtype == torch.float64 or not serves("kd_loss", student.device):
         return reference.kd_loss(
-            student, teacher, kind=kind, temperature=temperature if rows is None else rows, scale_t2=scale_t2, beta=beta,
-            mask=mask, labels=labels, alpha=alpha, ignore_index=ignore_index, reduction=reduction,
-        )  # fmt: skip
+            student,
+            teacher,
+            kind=kind,
+            temperature=temperature if rows is None else rows,
+            scale_t2=scale_t2,
+            beta=beta,
+            mask=mask,
+            labels=labels,
+            alpha=alpha,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
     if len(lead) != 2:
         shape = (1, *lead) if len(lead) == 1 else (1, 1) if not lead else (-1, lead[-1])
         student, teacher = student.reshape(*shape, classes), teacher.reshape(*shape, classes)
         mask, labels, rows = (None if x is None else x.view(shape) for x in (mask, labels, rows))
     loss, _ = torch.ops.kdkernels.kd_loss.default(
-        student, teacher, mask, labels, rows, kind_id, temperature, bool(scale_t2), beta, alpha, ignore_index, reduction_id
+        student,
+        teacher,
+        mask,
+        labels,
+        rows,
+        kind_id,
+        temperature,
+        bool(scale_t2),
+        beta,
+        alpha,
+        ignore_index,
+        reduction_id,
     )
     return loss if reduction != "none" or len(lead) == 2 else loss.view(lead)
 
 
-def attention_kl(
-    q_s, k_s, q_t, k_t, mask=None, *, temperature=1.0, scale_s=None, scale_t=None, reduction="batchmean"
-):
+def attention_kl(q_s, k_s, q_t, k_t, mask=None, *, temperature=1.0, scale_s=None, scale_t=None, reduction="batchmean"):
     """KL(teacher map || student map) straight from queries and keys (MiniLM, arXiv 2002.10957), memory linear in N.
 
     Args:
@@ -111,7 +131,7 @@ def attention_kl(
     mask = _checks.mask(mask, (q_s.shape[0], q_s.shape[2]), q_s, "[batch, tokens]")
     reduction_id = _checks.choice("reduction", reduction, _ROW_REDUCTION)
     temperature = _checks.number("temperature", temperature, above=0)
-    if _any_fp64(q_s, k_s, q_t, k_t) or not _native(q_s):
+    if _any_fp64(q_s, k_s, q_t, k_t) or not serves("attention_kl", q_s.device):
         return reference.attention_kl(
             q_s, k_s, q_t, k_t, mask, temperature=temperature, scale_s=scale_s, scale_t=scale_t, reduction=reduction
         )
@@ -123,8 +143,8 @@ def attention_kl(
 def attention_mse(q_s, k_s, q_t, k_t, mask=None, *, on="scores", scale_s=None, scale_t=None):
     """Mean squared difference of two attention maps from queries and keys, mean over real (batch, head, query, key).
 
-    on="scores" (TinyBERT, arXiv 1909.10351) costs O(N): |a Q_s K_s^T - b Q_t K_t^T|^2 is an inner product of two small Gram
-    matrices. on="probs" compares the maps after the softmax, in memory linear in N.
+    on="scores" (TinyBERT, arXiv 1909.10351) costs O(N): |a Q_s K_s^T - b Q_t K_t^T|^2 is an inner product of two small
+    Gram matrices. on="probs" compares the maps after the softmax, in memory linear in N.
 
     Args:
         q_s, k_s: the student's queries and keys [B, H, N, d_s].
@@ -138,7 +158,7 @@ def attention_mse(q_s, k_s, q_t, k_t, mask=None, *, on="scores", scale_s=None, s
     scale_s, scale_t = _check_attention(q_s, k_s, q_t, k_t, scale_s, scale_t)
     mask = _checks.mask(mask, (q_s.shape[0], q_s.shape[2]), q_s, "[batch, tokens]")
     on_id = _checks.choice("on", on, ON)
-    if _any_fp64(q_s, k_s, q_t, k_t) or not _native(q_s):
+    if _any_fp64(q_s, k_s, q_t, k_t) or not serves("attention_mse", q_s.device):
         return reference.attention_mse(q_s, k_s, q_t, k_t, mask, on=on, scale_s=scale_s, scale_t=scale_t)
     return torch.ops.kdkernels.attention_mse.default(
         q_s, k_s, q_t, k_t, mask, on_id, scale_s, scale_t, _need_grad(q_s, k_s)
@@ -146,7 +166,7 @@ def attention_mse(q_s, k_s, q_t, k_t, mask=None, *, on="scores", scale_s=None, s
 
 
 def relation_kl(student, teacher, mask=None, *, num_heads, reduction="batchmean"):
-    """Self-attention relation transfer (MiniLMv2, arXiv 2012.15828): KL(softmax(T T^T / sqrt d) || softmax(S S^T / sqrt d)).
+    """Self-attention relations (MiniLMv2, arXiv 2012.15828): KL(softmax(T T^T / sqrt d) || softmax(S S^T / sqrt d)).
 
     Args:
         student: queries, keys or values of one layer with heads concatenated, [B, N, W_s].
@@ -173,7 +193,7 @@ def relation_kl(student, teacher, mask=None, *, num_heads, reduction="batchmean"
             raise ValueError(f"num_heads must divide both widths; {num_heads} does not divide the {name}'s {width}")
     mask = _checks.mask(mask, student.shape[:2], student, "[batch, tokens]")
     reduction_id = _checks.choice("reduction", reduction, _ROW_REDUCTION)
-    if _any_fp64(student, teacher) or not _native(student):
+    if _any_fp64(student, teacher) or not serves("relation_kl", student.device):
         return reference.relation_kl(student, teacher, mask, num_heads=num_heads, reduction=reduction)
     return torch.ops.kdkernels.relation_kl.default(
         student, teacher, mask, num_heads, reduction_id, _need_grad(student)
@@ -187,23 +207,27 @@ def hidden_mse(student, teacher, mask=None, *, weight=None, bias=None, normalize
         student: [B, N, D_s], or a list of them.
         teacher: [B, N, D_t], or a list as long.
         mask: [B, N].
-        weight: [D_t, D_s] projects the student first (TinyBERT's fit_dense); one tensor for all layers or a list, one per layer.
+        weight: [D_t, D_s] projects the student first (TinyBERT's fit_dense); one tensor for all layers or a list, one
+            per layer.
         bias: [D_t], with `weight` only; one tensor or a list.
-        normalize: None; "l2" = both divided by their norm (PKD, arXiv 1908.09355); "layer_norm" = both through a LayerNorm
-            without parameters (MobileBERT, arXiv 2004.02984). After the projection.
+        normalize: None; "l2" = both divided by their norm (PKD, arXiv 1908.09355); "layer_norm" = both through a
+            LayerNorm without parameters (MobileBERT, arXiv 2004.02984). After the projection.
 
     Returns: a scalar; float32 (float64 for float64 inputs). Gradients flow to student, weight and bias.
     """
     students, teachers = _layers("student", student), _layers("teacher", teacher)
     if len(students) != len(teachers):
-        raise ValueError(
-            f"student and teacher must have as many layers; got {len(students)} and {len(teachers)}"
-        )
-    weights, biases = _shared_or_per_layer("weight", weight, len(students)), _shared_or_per_layer("bias", bias, len(students))
+        raise ValueError(f"student and teacher must have as many layers; got {len(students)} and {len(teachers)}")
+    weights, biases = (
+        _shared_or_per_layer("weight", weight, len(students)),
+        _shared_or_per_layer("bias", bias, len(students)),
+    )
     if biases and not weights:
         raise ValueError("bias needs weight: it belongs to the projection of the student")
     if biases and len(biases) != len(weights):
-        raise ValueError(f"bias must come as weight does, one tensor or one per layer; got {len(biases)} and {len(weights)}")
+        raise ValueError(
+            f"bias must come as weight does, one tensor or one per layer; got {len(biases)} and {len(weights)}"
+        )
     first = students[0]
     for layer, (s, t) in enumerate(zip(students, teachers, strict=True)):
         w = weights[layer if len(weights) > 1 else 0] if weights else None
@@ -211,17 +235,12 @@ def hidden_mse(student, teacher, mask=None, *, weight=None, bias=None, normalize
         _check_hidden_layer(s, t, w, b, first)
     mask = _checks.mask(mask, first.shape[:2], first, "[batch, tokens]")
     normalize_id = _checks.choice("normalize", normalize, NORMALIZE)
-    if _any_fp64(*students, *teachers, *weights, *biases) or not _native(first):
+    if _any_fp64(*students, *teachers, *weights, *biases) or not serves("hidden_mse", first.device):
         w, b = (x if len(x) > 1 else x[0] if x else None for x in (weights, biases))
         return reference.hidden_mse(students, teachers, mask, weight=w, bias=b, normalize=normalize)
     return torch.ops.kdkernels.hidden_mse.default(
         students, teachers, mask, weights, biases, normalize_id, _need_grad(*students, *weights, *biases)
     )[0]
-
-
-def _native(x: torch.Tensor) -> bool:
-    """Whether a kernel of ours serves this device; `kdkernels.explain()` tells which and why."""
-    return x.device.type in ("cpu", "cuda")
 
 
 def _any_fp64(*tensors: torch.Tensor) -> bool:
@@ -251,8 +270,7 @@ def _check_attention(q_s, k_s, q_t, k_t, scale_s, scale_t):
         )
     if q_s.shape[:3] != q_t.shape[:3]:
         raise ValueError(
-            "q_t must agree with q_s in batch, heads and tokens; got q_s "
-            f"{list(q_s.shape)}, q_t {list(q_t.shape)}"
+            f"q_t must agree with q_s in batch, heads and tokens; got q_s {list(q_s.shape)}, q_t {list(q_t.shape)}"
         )
     _checks.teacher("q_t", q_t)
     _checks.teacher("k_t", k_t)

@@ -25,8 +25,8 @@ def _module(name: str, function) -> type[nn.Module]:
         return ", ".join(f"{option}={value!r}" for option, value in self.options.items())
 
     doc = f"`kdkernels.functional.{function.__name__}` as a module.\n\n{inspect.getdoc(function)}"
-    members = {"__init__": __init__, "forward": forward, "extra_repr": extra_repr, "__doc__": doc, "__module__": __name__}
-    return type(name, (nn.Module,), members)
+    members = {"__init__": __init__, "forward": forward, "extra_repr": extra_repr, "__doc__": doc}
+    return type(name, (nn.Module,), {**members, "__module__": __name__})
 
 
 KdLoss = _module("KdLoss", functional.kd_loss)

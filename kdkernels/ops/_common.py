@@ -12,10 +12,12 @@ NORMALIZE = {None: 0, "l2": 1, "layer_norm": 2}
 
 
 def grad_in_forward(device: torch.device, reduction: int, need_grad: bool) -> bool:
-    """Whether forward leaves the gradient for an upstream of 1, so that backward only scales it; else backward recomputes.
+    """Whether forward leaves the gradient for an upstream of 1, so that backward only scales it; else backward
+    recomputes.
 
-    The gradients of the attention families are small beside the N^2 work that leads to them, so on the CPU one pass does both.
-    That needs a scalar loss: with reduction "none" every row has its own upstream gradient. On a GPU recomputing is cheaper.
+    The gradients of the attention families are small beside the N^2 work that leads to them, so on the CPU one pass
+    does both. That needs a scalar loss: with reduction "none" every row has its own upstream gradient. On a GPU
+    recomputing is cheaper.
     """
     return need_grad and reduction != REDUCTION["none"] and device.type == "cpu"
 
@@ -32,9 +34,9 @@ def define(schema: str) -> None:
 def register_autograd(op: str, setup_context, backward) -> None:
     """torch.library.register_autograd for ops whose arguments are tensors and plain values, all given.
 
-    torch's own also fills in schema defaults at each call, which took 36 of the 95 us of a small kd_loss forward and backward. As
-    there, the kernel runs one autograd.Function and calls the op again below autograd. `backward(ctx, *grads)` returns a gradient
-    for every argument.
+    torch's own also fills in schema defaults at each call, which took 36 of the 95 us of a small kd_loss forward and
+    backward. As there, the kernel runs one autograd.Function and calls the op again below autograd. `backward(ctx,
+    *grads)` returns a gradient for every argument.
     """
     overload = getattr(torch.ops.kdkernels, op).default
 

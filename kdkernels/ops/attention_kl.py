@@ -16,7 +16,9 @@ def saved_tensors(q_s, k_s, reduction, need_grad):
     """Fake outputs for backward: the gradients, or the statistics to recompute them from; the others are empty."""
     kept = grad_in_forward(q_s.device, reduction, need_grad)
     empty = q_s.new_empty(0, dtype=torch.float32)
-    grads = [x.new_empty(x.shape, dtype=torch.float32) for x in (q_s, k_s)] if kept else [empty, torch.empty_like(empty)]
+    grads = (
+        [x.new_empty(x.shape, dtype=torch.float32) for x in (q_s, k_s)] if kept else [empty, torch.empty_like(empty)]
+    )
     recompute = need_grad and not kept and q_s.device.type != "cpu"  # the CPU makes the maps again from nothing
     stats = q_s.new_empty((*q_s.shape[:3], 4) if recompute else 0, dtype=torch.float32)
     return *grads, stats

@@ -1,7 +1,7 @@
 """hidden_mse: schema, fake and autograd, for a list of layers in one call.
 
-Without a projection backward reads both states again and nothing is saved. With one, the gradients come from the forward pass,
-where the residual W s + b - t is still in cache, and backward scales them.
+Without a projection backward reads both states again and nothing is saved. With one, the gradients come from the
+forward pass, where the residual W s + b - t is still in cache, and backward scales them.
 """
 
 import torch

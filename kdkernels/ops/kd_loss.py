@@ -1,12 +1,10 @@
-"""kd_loss: schema, fake and autograd. Backward reads the logits again and recomputes from 32 bytes a row of statistics."""
+"""kd_loss: schema, fake and autograd. Backward recomputes from the logits and 32 bytes a row of statistics."""
 
 import torch
 
 from ._common import LIBRARY, define, forbid_double_backward, loss_shape, register_autograd
 
-_SCALARS = (
-    "int kind, float temperature, bool scale_t2, float beta, float alpha, int ignore_index, int reduction"
-)
+_SCALARS = "int kind, float temperature, bool scale_t2, float beta, float alpha, int ignore_index, int reduction"
 _INPUTS = "Tensor student, Tensor teacher, Tensor? mask, Tensor? labels, Tensor? row_temperature"
 
 define(f"kd_loss({_INPUTS}, {_SCALARS}) -> (Tensor loss, Tensor stats)")
@@ -14,7 +12,9 @@ define(f"kd_loss_backward(Tensor grad, {_INPUTS}, Tensor stats, {_SCALARS}) -> T
 
 
 @torch.library.register_fake("kdkernels::kd_loss", lib=LIBRARY)
-def _(student, teacher, mask, labels, row_temperature, kind, temperature, scale_t2, beta, alpha, ignore_index, reduction):
+def _(
+    student, teacher, mask, labels, row_temperature, kind, temperature, scale_t2, beta, alpha, ignore_index, reduction
+):
     outer, inner, _ = student.shape
     loss = student.new_empty(loss_shape(reduction, (outer, inner)), dtype=torch.float32)
     return loss, student.new_empty((outer * inner, 8), dtype=torch.float32)

@@ -1,8 +1,8 @@
 """What every reference shares: the arithmetic dtype, masks and the divergences of one row.
 
-Everything is differentiable plain torch. A value that must not count (a padded row, a key outside the mask, a class with
-p_teacher = 0) is replaced *before* it meets an operation whose result or derivative could be NaN; multiplying a NaN by a zero
-mask afterwards would not remove it.
+Everything is differentiable plain torch. A value that must not count (a padded row, a key outside the mask, a class
+with p_teacher = 0) is replaced *before* it meets an operation whose result or derivative could be NaN; multiplying a
+NaN by a zero mask afterwards would not remove it.
 """
 
 import math
@@ -40,8 +40,8 @@ def reduce_rows(rows: torch.Tensor, mask: torch.Tensor | None, reduction: str, c
 def divergence(student: torch.Tensor, teacher: torch.Tensor, kind: str, beta: float = 0.5) -> torch.Tensor:
     """One value per row from logits [..., V] that are already divided by the temperature (losses.md 6, items 3, 4, 18).
 
-    kl = sum p_t (x_t - x_s) - (lse_t - lse_s) never takes the log of a probability, so that underflow and -inf on both sides are
-    exact no-ops, and identical inputs give 0 to the bit. -inf is a class of probability 0.
+    kl = sum p_t (x_t - x_s) - (lse_t - lse_s) never takes the log of a probability, so that underflow and -inf on both
+    sides are exact no-ops, and identical inputs give 0 to the bit. -inf is a class of probability 0.
     """
     lse_s, lse_t = torch.logsumexp(student, -1, keepdim=True), torch.logsumexp(teacher, -1, keepdim=True)
     log_s, log_t = student - lse_s, teacher - lse_t

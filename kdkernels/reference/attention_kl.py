@@ -9,7 +9,7 @@ from ._common import arithmetic_dtype, divergence, keep_rows, reduce_rows
 
 
 def scores(q, k, scale, mask):
-    """scale * q k^T [B, H, N, N] with -inf at keys outside the mask; a batch without a real token keeps finite scores."""
+    """scale * q k^T [B, H, N, N], -inf at keys outside the mask; a batch without a real token keeps finite scores."""
     rows = None if mask is None else mask.bool()[:, None, :]
     x = scale * (keep_rows(q, rows) @ keep_rows(k, rows).transpose(-1, -2))
     if mask is None:

@@ -1,4 +1,4 @@
-"""Mean squared error between attention maps in plain torch, on scores (TinyBERT, arXiv 1909.10351) or on probabilities."""
+"""Mean squared error between attention maps in plain torch: scores (TinyBERT, arXiv 1909.10351) or probabilities."""
 
 import torch
 

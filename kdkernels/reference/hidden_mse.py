@@ -1,4 +1,5 @@
-"""Mean squared error between hidden states in plain torch, with TinyBERT's projection and PKD's or MobileBERT's normalisation.
+"""Mean squared error between hidden states in plain torch, with TinyBERT's projection and PKD's or MobileBERT's
+normalisation.
 
 Sources: TinyBERT arXiv 1909.10351, PKD arXiv 1908.09355 (l2), MobileBERT arXiv 2004.02984 (parameter-free LayerNorm).
 """

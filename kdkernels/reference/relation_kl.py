@@ -1,4 +1,6 @@
-"""Self-attention relation transfer in plain torch (MiniLMv2, arXiv 2012.15828): heads re-split, then the KL of X X^T maps."""
+"""Self-attention relation transfer in plain torch (MiniLMv2, arXiv 2012.15828): heads re-split, then the KL of X X^T
+maps.
+"""
 
 from .attention_kl import attention_kl
 
