@@ -58,7 +58,7 @@ def _quality(axis, report):
     for offset, when, color in ((-0.19, "before", _BEFORE), (0.19, "after", _STUDENT)):
         values = [report[when][key] for key, _ in rows]
         bars = axis.bar([i + offset for i in range(len(rows))], values, 0.36, color=color, label=f"student {when}")
-        axis.bar_label(bars, [f"{value:.3f}" for value in values], padding=2)
+        axis.bar_label(bars, [f"{value:.3f}" for value in values], label_type="center")
     axis.axhline(1.0, color=_TEACHER, lw=1, ls="--")
     axis.text(len(rows) - 0.5, 1.01, "teacher", color=_TEACHER, ha="right", va="bottom")
     axis.set_xticks(range(len(rows)), [label for _, label in rows])
@@ -69,7 +69,7 @@ def _quality(axis, report):
 
 def _cost(axis, report):
     rows = [
-        ("parameters", "parameters", 1e-6, "M"),
+        ("parameters", "parameters", 1e-6, " M"),
         ("bytes", "size", 1e-6, " MB"),
         ("latency_ms", "latency, one text", 1, " ms"),
     ]
