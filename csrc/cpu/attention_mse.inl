@@ -4,7 +4,8 @@
 //   loss = <Q^T Q, K^T K>,  dQ_s = 2 a w [Q (K^T K)]_s,  dK_s = 2 w [K (Q^T Q)]_s
 //
 // Floor of one (batch, head): 2 n D^2 operations for two symmetric matrices and 4 n D d_s for the gradients, linear in n. Memory does
-// not depend on n: tokens are packed a chunk at a time, once for the matrices and once for the gradients.
+// not depend on n: tokens are packed a chunk at a time, forward for the matrices, which it leaves to backward, and backward for the
+// gradients.
 //
 // Where student and teacher are close the loss is a small rest of large terms, r^2 = loss / (|a Q_s K_s^T|^2 + |b Q_t K_t^T|^2) of
 // them, and the gradients cancel over n tokens besides: fp32 is lost at r = 0.01. In fp64, at half the speed, loss and gradients are better
@@ -125,51 +126,98 @@ inline void write_gram_gradient(const GramSizes& s, const GramBuffers& buf, cons
   }
 }
 
-void attention_scores(const Attention& op, int64_t item, float* scratch) {
-  const int64_t batch = item / op.heads, head = item % op.heads;
-  const GramSizes s = gram_sizes(op);
+// What both passes of an item need; chunks of its tokens are packed into buf.chunk.
+struct GramItem {
+  int64_t batch, head, n;
+  GramSizes s;
   GramBuffers buf;
-  gram_buffers(op, s, scratch, buf);
-  const int64_t n = real_tokens(op, batch, buf.token);
-  if (n < s.depth) return attention_maps(op, item, scratch);
+  double *gram_k, *gram_q;  // the item's part of op.gram
+};
 
-  const double a = op.scale_s, b = -static_cast<double>(op.scale_t);
-  const auto for_chunks = [&](const auto& body) {
-    for (int64_t first = 0; first < n; first += kGramChunk) body(first, n - first < kGramChunk ? n - first : kGramChunk);
-  };
-  const auto pack_q = [&](int64_t first, int64_t rows) {
-    pack_gram(op.q_s, op.q_t, a, b, batch, head, buf.token + first, rows, round_up(rows, kRowPad), s, buf.chunk, buf.row);
-  };
-  const auto pack_k = [&](int64_t first, int64_t rows) {
-    pack_gram(op.k_s, op.k_t, 1, 1, batch, head, buf.token + first, rows, round_up(rows, kRowPad), s, buf.chunk, buf.row);
-  };
-  for_chunks([&](int64_t first, int64_t rows) {
-    pack_q(first, rows);
-    add_gram(s, buf.chunk, rows, first > 0, buf.gram_q);
-    pack_k(first, rows);
-    add_gram(s, buf.chunk, rows, first > 0, buf.gram_k);
+inline GramItem gram_item(const Attention& op, int64_t item, float* scratch) {
+  GramItem g{item / op.heads, item % op.heads, 0, gram_sizes(op), {}, nullptr, nullptr};
+  gram_buffers(op, g.s, scratch, g.buf);
+  g.n = real_tokens(op, g.batch, g.buf.token);
+  if (op.gram) {
+    g.gram_k = op.gram + item * g.s.depth * g.s.d_s;
+    g.gram_q = g.gram_k + op.batch * op.heads * g.s.depth * g.s.d_s;
+  }
+  return g;
+}
+
+template <typename F>
+inline void for_chunks(int64_t n, const F& body) {
+  for (int64_t first = 0; first < n; first += kGramChunk) body(first, n - first < kGramChunk ? n - first : kGramChunk);
+}
+
+inline void pack_queries(const Attention& op, const GramItem& g, int64_t first, int64_t rows) {
+  pack_gram(op.q_s, op.q_t, op.scale_s, -static_cast<double>(op.scale_t), g.batch, g.head, g.buf.token + first, rows,
+            round_up(rows, kRowPad), g.s, g.buf.chunk, g.buf.row);
+}
+
+inline void pack_keys(const Attention& op, const GramItem& g, int64_t first, int64_t rows) {
+  pack_gram(op.k_s, op.k_t, 1, 1, g.batch, g.head, g.buf.token + first, rows, round_up(rows, kRowPad), g.s, g.buf.chunk, g.buf.row);
+}
+
+// The student's columns of a matrix: padded, as products want it, to dense, as op.gram holds it, and back.
+inline void keep_gram(const GramSizes& s, const double* gram, double* kept) {
+  for (int64_t i = 0; i < s.depth; ++i) __builtin_memcpy(kept + i * s.d_s, gram + i * s.width, s.d_s * sizeof(double));
+}
+
+inline void restore_gram(const GramSizes& s, const double* kept, double* gram) {
+  for (int64_t i = 0; i < s.depth; ++i)
+    for (int64_t j = 0; j < s.gradient_width; ++j) gram[i * s.width + j] = j < s.d_s ? kept[i * s.d_s + j] : 0;
+}
+
+// The first number of the keys' matrix is a sum of squares; a negative one tells backward to make the scores in tiles as well.
+inline void attention_scores_in_tiles(const Attention& op, const GramItem& g, int64_t item, float* scratch) {
+  if (op.gram) {
+    for (int64_t i = 0; i < g.s.depth * g.s.d_s; ++i) g.gram_k[i] = g.gram_q[i] = 0;
+    g.gram_k[0] = -1;
+  }
+  attention_maps(op, item, scratch);
+}
+
+void attention_scores(const Attention& op, int64_t item, float* scratch) {
+  const GramItem g = gram_item(op, item, scratch);
+  const GramSizes& s = g.s;
+  if (g.n < s.depth) return attention_scores_in_tiles(op, g, item, scratch);
+  for_chunks(g.n, [&](int64_t first, int64_t rows) {
+    pack_queries(op, g, first, rows);
+    add_gram(s, g.buf.chunk, rows, first > 0, g.buf.gram_q);
+    pack_keys(op, g, first, rows);
+    add_gram(s, g.buf.chunk, rows, first > 0, g.buf.gram_k);
   });
-  mirror(s, buf.gram_q);
-  mirror(s, buf.gram_k);
-  const double loss = gram_dot(s, buf.gram_q, buf.gram_k, 0, s.depth);
-  const double terms = gram_dot(s, buf.gram_q, buf.gram_k, 0, s.d_s) + gram_dot(s, buf.gram_q, buf.gram_k, s.d_s, s.depth);
-  if (!(loss > kGramFloor * terms)) return attention_maps(op, item, scratch);
+  mirror(s, g.buf.gram_q);
+  mirror(s, g.buf.gram_k);
+  const double loss = gram_dot(s, g.buf.gram_q, g.buf.gram_k, 0, s.depth);
+  const double terms = gram_dot(s, g.buf.gram_q, g.buf.gram_k, 0, s.d_s) + gram_dot(s, g.buf.gram_q, g.buf.gram_k, s.d_s, s.depth);
+  if (!(loss > kGramFloor * terms)) return attention_scores_in_tiles(op, g, item, scratch);
+  op.item_loss[item] = loss;
+  if (!op.gram) return;
+  keep_gram(s, g.buf.gram_k, g.gram_k);
+  keep_gram(s, g.buf.gram_q, g.gram_q);
+}
 
-  if (op.item_loss) op.item_loss[item] = loss;
-  if (!op.grad_q) return;
+void attention_scores_backward(const Attention& op, int64_t item, float* scratch) {
+  const GramItem g = gram_item(op, item, scratch);
+  const GramSizes& s = g.s;
+  if (g.gram_k[0] < 0) return attention_maps(op, item, scratch);
+  restore_gram(s, g.gram_k, g.buf.gram_k);
+  restore_gram(s, g.gram_q, g.buf.gram_q);
   const double twice = 2.0 * op.grad_weight;
-  for_chunks([&](int64_t first, int64_t rows) {
-    pack_q(first, rows);
-    write_gram_gradient(s, buf, buf.gram_k, twice * a, batch, head, first, rows, op.grad_q, op.grad_q_view);
-    pack_k(first, rows);
-    write_gram_gradient(s, buf, buf.gram_q, twice, batch, head, first, rows, op.grad_k, op.grad_k_view);
+  for_chunks(g.n, [&](int64_t first, int64_t rows) {
+    pack_queries(op, g, first, rows);
+    write_gram_gradient(s, g.buf, g.buf.gram_k, twice * op.scale_s, g.batch, g.head, first, rows, op.grad_q, op.grad_q_view);
+    pack_keys(op, g, first, rows);
+    write_gram_gradient(s, g.buf, g.buf.gram_q, twice, g.batch, g.head, first, rows, op.grad_k, op.grad_k_view);
   });
-  __builtin_memset(buf.row, 0, s.d_s * sizeof(float));
+  __builtin_memset(g.buf.row, 0, s.d_s * sizeof(float));
   for (int64_t i = 0, r = 0; i < op.tokens; ++i) {
-    const bool real = r < n && buf.token[r] == i;
+    const bool real = r < g.n && g.buf.token[r] == i;
     r += real;
     if (real) continue;
-    write_head_row(op.grad_q, op.grad_q_view, batch, head, i, buf.row);
-    write_head_row(op.grad_k, op.grad_k_view, batch, head, i, buf.row);
+    write_head_row(op.grad_q, op.grad_q_view, g.batch, g.head, i, g.buf.row);
+    write_head_row(op.grad_k, op.grad_k_view, g.batch, g.head, i, g.buf.row);
   }
 }

@@ -31,6 +31,7 @@ const Table table = {
     .attention_maps = attention_maps,
     .attention_scores_scratch = attention_scores_scratch,
     .attention_scores = attention_scores,
+    .attention_scores_backward = attention_scores_backward,
     .scaled_copy = scaled_copy,
     .hidden_forward = hidden_forward,
     .hidden_backward = hidden_backward,

@@ -22,6 +22,7 @@ struct Table {
   void (*attention_maps)(const Attention&, int64_t item, float* scratch);
   int64_t (*attention_scores_scratch)(const Attention&);
   void (*attention_scores)(const Attention&, int64_t item, float* scratch);  // MSE of scores by Gram matrices
+  void (*attention_scores_backward)(const Attention&, int64_t item, float* scratch);
 
   // out[first, first + n) = a * x[first, first + n): how backward applies the upstream gradient to a gradient of forward.
   void (*scaled_copy)(const float* x, float a, void* out, DType dtype, int64_t first, int64_t n);

@@ -26,6 +26,10 @@ struct Attention {
   float* row_loss;    // [batch, heads, tokens], 0 where masked; or null
   double* item_loss;  // [batch, heads]: their sums; or null
 
+  // MSE of scores, [2, batch, heads, d_s + d_t, d_s]: the student's columns of two Gram matrices, of the keys and of the queries. Forward
+  // leaves them for backward (null: not wanted); -1 comes first where the scores are to be made in tiles instead.
+  double* gram;
+
   // Gradients of the student's queries and keys; null: not wanted. Row (b, h, i) weighs grad_weight times, if row_weight is not
   // null, row_weight at (b, h, i). relation_kl: grad_k is null and grad_q gets the sum of both.
   void *grad_q, *grad_k;

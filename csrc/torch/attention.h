@@ -65,11 +65,16 @@ inline double sum_rows(const float* rows, int64_t n) {
   return total;
 }
 
+// The upstream gradient of a scalar loss.
+inline float upstream_of(const Tensor& grad) {
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == 1, "grad must be a float32 scalar");
+  return *static_cast<const float*>(grad.const_data_ptr());
+}
+
 // upstream * saved, in x's dtype: backward where forward has left the gradient for an upstream of 1.
 inline Tensor scale_gradient(const Tensor& grad, const Tensor& saved, const Tensor& x) {
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == 1, "grad must be a float32 scalar");
   STD_TORCH_CHECK(saved.is_contiguous() && saved.numel() == x.numel(), "the saved gradient must have its input's shape");
-  const float upstream = *static_cast<const float*>(grad.const_data_ptr());
+  const float upstream = upstream_of(grad);
   Tensor out = new_gradient(x, x.scalar_type());
   const float* from = static_cast<const float*>(saved.const_data_ptr());
   void* to = out.mutable_data_ptr();

@@ -17,12 +17,13 @@ define(f"attention_mse_backward(Tensor grad, {_INPUTS}, {_SAVED}, {_SCALARS}) ->
 def _(q_s, k_s, q_t, k_t, mask, on, scale_s, scale_t, need_grad):
     loss = q_s.new_empty((), dtype=torch.float32)
     grad_q, grad_k, stats = saved_tensors(q_s, k_s, REDUCTION["mean"], need_grad)
-    if need_grad and not grad_in_forward(q_s.device, REDUCTION["mean"], need_grad):
-        batch, heads, tokens, d_s = q_s.shape
-        if on == ON["scores"]:  # the Gram matrices of the keys and of the queries
-            stats = q_s.new_empty((2, batch, heads, d_s + q_t.shape[3], d_s), dtype=torch.float64)
-        else:  # max and 1 / sum of both maps, and the row's sum in the derivative of the softmax
-            stats = q_s.new_empty((batch, heads, tokens, 5), dtype=torch.float32)
+    batch, heads, tokens, d_s = q_s.shape
+    if need_grad and on == ON["scores"]:  # the Gram matrices of the keys and of the queries
+        grad_q, grad_k = (q_s.new_empty(0, dtype=torch.float32) for _ in range(2))
+        stats = q_s.new_empty((2, batch, heads, d_s + q_t.shape[3], d_s), dtype=torch.float64)
+    elif need_grad and not grad_in_forward(q_s.device, REDUCTION["mean"], need_grad):
+        # max and 1 / sum of both maps, and the row's sum in the derivative of the softmax
+        stats = q_s.new_empty((batch, heads, tokens, 5), dtype=torch.float32)
     return loss, grad_q, grad_k, stats
 
 
