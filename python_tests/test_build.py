@@ -1,4 +1,4 @@
-"""The build as its users meet it: a wheel in an empty environment, the facts it tells, machine ceilings, raw kernels."""
+"""The build as its users meet it: a wheel in an empty environment, the facts it tells, ceilings, raw kernels."""
 
 import json
 import subprocess
