@@ -18,4 +18,10 @@ static inline int64_t hidden_scratch(const HiddenMse& op) {
   return 2 * hidden_row_floats(widest);
 }
 
+// With a projection: rows of the weight, real tokens, or rows of the weight's gradient per work item. A multiple of kRowPad. Each
+// item reads the whole other operand, which 96 rows outweigh by far, and eight items share out 768 features.
+constexpr int64_t kProjectionBlock = 96;
+
+static inline int64_t projection_blocks(int64_t n) { return (n + kProjectionBlock - 1) / kProjectionBlock; }
+
 }  // namespace kd::cpu

@@ -21,6 +21,7 @@ namespace {
 #include "attention.inl"
 #include "attention_mse.inl"
 #include "hidden_mse.inl"
+#include "hidden_mse_projection.inl"
 }  // namespace
 
 const Table table = {
@@ -35,6 +36,11 @@ const Table table = {
     .scaled_copy = scaled_copy,
     .hidden_forward = hidden_forward,
     .hidden_backward = hidden_backward,
+    .projection_workspace = projection_workspace,
+    .projection_scratch = projection_scratch,
+    .projection_pack = projection_pack,
+    .projection_rows = projection_rows,
+    .projection_weight = projection_weight,
 };
 
 }  // namespace kd::cpu::KD_ISA

@@ -30,6 +30,14 @@ struct Table {
   // Without a projection. One item = hidden_tokens_per_item() tokens of one layer.
   void (*hidden_forward)(const HiddenMse&, int64_t item, float* scratch);
   void (*hidden_backward)(const HiddenMse&, int64_t item, float* scratch);
+
+  // With a projection, one layer, in this order. One item = kProjectionBlock rows of the weight, real tokens (at least one item), and
+  // rows of the weight's gradient.
+  int64_t (*projection_workspace)(const HiddenProjection&);  // in floats
+  int64_t (*projection_scratch)(const HiddenProjection&);
+  void (*projection_pack)(const HiddenProjection&, int64_t item, float* scratch);
+  void (*projection_rows)(const HiddenProjection&, int64_t item, float* scratch);
+  void (*projection_weight)(const HiddenProjection&, int64_t item, float* scratch);
 };
 
 namespace generic { extern const Table table; }

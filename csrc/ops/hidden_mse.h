@@ -1,4 +1,5 @@
-// hidden_mse: one layer of the list is one entry; all layers share the mask and the token grid.
+// hidden_mse: one layer of the list is one entry; all layers share the mask and the token grid. Layers with a projection are run one
+// after the other, each as a HiddenProjection.
 #pragma once
 #include <cstdint>
 
@@ -30,6 +31,31 @@ struct HiddenMse {
   Normalize normalize;
   double* partial;        // forward: one sum of squares per item
   const float* upstream;  // backward: the upstream gradient
+};
+
+// One layer whose student goes through weight [d_t, d_s] and bias [d_t] first.
+struct HiddenProjection {
+  StatesView student, teacher;
+  const void* weight;  // by element strides
+  int64_t weight_stride_row, weight_stride_column;
+  DType weight_dtype;
+  const void* bias;  // or null
+  int64_t bias_stride;
+  DType bias_dtype;
+  int64_t d_s, d_t, batch, tokens;
+  const int64_t* real;  // [rows] which of the batch * tokens are real, in order
+  int64_t rows;
+  Normalize normalize;
+  double* partial;   // one sum of squares per block of rows
+  float* workspace;  // what the kernels of the layer hand to each other; its packed weight serves later layers too
+
+  // Gradients for an upstream gradient of 1, contiguous; all null: not wanted. grad_bias may be null on its own. Where `accumulate`,
+  // those of weight and bias are added to what an earlier layer has left.
+  float grad_weight;     // d(loss) / d(sum of squares)
+  float* grad_student;   // [batch, tokens, d_s]
+  float* grad_matrix;    // [d_t, d_s]
+  float* grad_bias;      // [d_t]
+  bool accumulate;
 };
 
 }  // namespace kd

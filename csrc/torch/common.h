@@ -91,4 +91,38 @@ void run_items(int64_t items, int64_t scratch_floats, const F& fn, int64_t item_
   });
 }
 
+// A gradient that a kernel writes for x, contiguous; float32 where it is kept for backward.
+inline Tensor new_gradient(const Tensor& x, ScalarType dtype) {
+  return new_tensor(x, x.sizes(), dtype);
+}
+
+// The upstream gradient of a scalar loss.
+inline float upstream_of(const Tensor& grad) {
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == 1, "grad must be a float32 scalar");
+  return *static_cast<const float*>(grad.const_data_ptr());
+}
+
+// upstream * saved, in x's dtype: backward where forward has left the gradient for an upstream of 1.
+inline Tensor scale_gradient(const Tensor& grad, const Tensor& saved, const Tensor& x) {
+  STD_TORCH_CHECK(saved.is_contiguous() && saved.numel() == x.numel(), "the saved gradient must have its input's shape");
+  const float upstream = upstream_of(grad);
+  Tensor out = new_gradient(x, x.scalar_type());
+  const float* from = static_cast<const float*>(saved.const_data_ptr());
+  void* to = out.mutable_data_ptr();
+  const DType dtype = dtype_of(x, "the input");
+  const cpu::Table& kernels = table();
+  constexpr int64_t kChunk = 1 << 16;
+  const int64_t n = saved.numel();
+  run_items((n + kChunk - 1) / kChunk, 0, [&](int64_t item, float*) {
+    kernels.scaled_copy(from, upstream, to, dtype, item * kChunk, std::min(kChunk, n - item * kChunk));
+  });
+  return out;
+}
+
+inline Tensor new_scalar(const Tensor& like, double value) {
+  Tensor out = torch::stable::new_empty(like, {}, ScalarType::Float);
+  *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
+  return out;
+}
+
 }  // namespace kd

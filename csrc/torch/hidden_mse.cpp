@@ -1,4 +1,5 @@
 // hidden_mse for CPU tensors: lists of layers to kd::HiddenMse, blocks of tokens to threads.
+#include <algorithm>
 #include <vector>
 
 #include "common.h"
@@ -11,11 +12,14 @@ StatesView states_view(const Tensor& x, const char* name) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), dtype_of(x, name)};
 }
 
+// w, where the loss is w / 2 times the sum of squares and its gradient w times the difference.
+double grad_weight_of(int64_t real, int64_t features) { return 2.0 / (static_cast<double>(std::max<int64_t>(real, 1)) * features); }
+
 // One op and what it points to.
 struct Described {
   HiddenMse op{};
   std::vector<HiddenLayer> layers;
-  int64_t items = 0;
+  int64_t items = 0, real = 0;
 };
 
 Described describe(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, const std::optional<Tensor>& mask,
@@ -27,14 +31,14 @@ Described describe(const std::vector<Tensor>& student, const std::vector<Tensor>
   const int64_t all = d.op.batch * d.op.tokens;
   d.op.mask = mask_of(mask, all);
   d.op.normalize = static_cast<Normalize>(normalize);
-  const int64_t real = count_real(d.op.mask, all);
+  d.real = count_real(d.op.mask, all);
   for (size_t l = 0; l < student.size(); ++l) {
     const Tensor &s = student[l], &t = teacher[l];
     HiddenLayer layer{states_view(s, "student"), states_view(t, "teacher"), s.size(2), d.items, 0, nullptr};
     STD_TORCH_CHECK(s.size(0) == d.op.batch && s.size(1) == d.op.tokens && t.size(0) == d.op.batch && t.size(1) == d.op.tokens,
                     "all layers must agree in batch and tokens");
     STD_TORCH_CHECK(t.size(2) == layer.features && layer.features > 0, "student and teacher must have as many features, at least one");
-    layer.grad_weight = static_cast<float>(2.0 / (static_cast<double>(real < 1 ? 1 : real) * layer.features));
+    layer.grad_weight = static_cast<float>(grad_weight_of(d.real, layer.features));
     d.layers.push_back(layer);
     const int64_t per_item = cpu::hidden_tokens_per_item(layer.features);
     d.items += (all + per_item - 1) / per_item;
@@ -44,10 +48,92 @@ Described describe(const std::vector<Tensor>& student, const std::vector<Tensor>
   return d;
 }
 
+// The layer's loss, and its gradients for an upstream of 1 where op.grad_student is set.
+double run_projection(const HiddenProjection& op, bool pack) {
+  const cpu::Table& kernels = table();
+  const int64_t scratch = kernels.projection_scratch(op), weight_blocks = cpu::projection_blocks(op.d_t);
+  const auto run = [&](int64_t items, auto kernel) { run_items(items, scratch, [&](int64_t item, float* own) { kernel(op, item, own); }); };
+  if (pack) run(weight_blocks, kernels.projection_pack);
+  const int64_t row_blocks = std::max<int64_t>(cpu::projection_blocks(op.rows), 1);
+  run(row_blocks, kernels.projection_rows);
+  if (op.grad_student) run(weight_blocks, kernels.projection_weight);
+  double squares = 0;
+  for (int64_t block = 0; block < row_blocks; ++block) squares += op.partial[block];
+  return squares * grad_weight_of(op.rows, op.d_t) / 2;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> project(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
+                                                const std::optional<Tensor>& mask, const std::vector<Tensor>& weight,
+                                                const std::vector<Tensor>& bias, int64_t normalize, bool need_grad) {
+  const int64_t layers = static_cast<int64_t>(student.size()), weights = static_cast<int64_t>(weight.size());
+  STD_TORCH_CHECK(layers > 0 && student.size() == teacher.size(), "student and teacher must be lists of as many layers");
+  STD_TORCH_CHECK((weights == 1 || weights == layers) && (bias.empty() || bias.size() == weight.size()),
+                  "weight must be one tensor or one per layer, and bias likewise");
+  const int64_t batch = student[0].size(0), tokens = student[0].size(1);
+  const bool* is_real = mask_of(mask, batch * tokens);
+  std::vector<int64_t> real;
+  for (int64_t i = 0; i < batch * tokens; ++i)
+    if (!is_real || is_real[i]) real.push_back(i);
+
+  std::vector<Tensor> saved;
+  if (need_grad)
+    for (const auto* inputs : {&student, &weight, &bias})
+      for (const Tensor& x : *inputs) saved.push_back(new_gradient(x, ScalarType::Float));
+
+  std::vector<HiddenProjection> ops(layers);
+  std::vector<double> partial(std::max<int64_t>(cpu::projection_blocks(real.size()), 1));
+  int64_t workspace_floats = 0;
+  for (int64_t l = 0; l < layers; ++l) {
+    const int64_t shared = weights == 1 ? 0 : l;
+    const Tensor& w = weight[shared];
+    HiddenProjection& op = ops[l];
+    op.student = states_view(student[l], "student");
+    op.teacher = states_view(teacher[l], "teacher");
+    op.d_s = student[l].size(2);
+    op.d_t = teacher[l].size(2);
+    for (const Tensor* x : {&student[l], &teacher[l]})
+      STD_TORCH_CHECK(x->size(0) == batch && x->size(1) == tokens, "all layers must agree in batch and tokens");
+    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == op.d_t && w.size(1) == op.d_s, "weight must be [D_t, D_s]");
+    op.weight = w.const_data_ptr();
+    op.weight_stride_row = w.stride(0);
+    op.weight_stride_column = w.stride(1);
+    op.weight_dtype = dtype_of(w, "weight");
+    if (!bias.empty()) {
+      const Tensor& b = bias[shared];
+      STD_TORCH_CHECK(b.dim() == 1 && b.size(0) == op.d_t, "bias must be [D_t]");
+      op.bias = b.const_data_ptr();
+      op.bias_stride = b.stride(0);
+      op.bias_dtype = dtype_of(b, "bias");
+    }
+    op.batch = batch;
+    op.tokens = tokens;
+    op.real = real.data();
+    op.rows = static_cast<int64_t>(real.size());
+    op.normalize = static_cast<Normalize>(normalize);
+    op.partial = partial.data();
+    op.grad_weight = static_cast<float>(grad_weight_of(op.rows, op.d_t));
+    if (need_grad) {
+      const auto gradient = [&](int64_t i) { return static_cast<float*>(saved[i].mutable_data_ptr()); };
+      op.grad_student = gradient(l);
+      op.grad_matrix = gradient(layers + shared);
+      if (op.bias) op.grad_bias = gradient(layers + weights + shared);
+      op.accumulate = l != shared;
+    }
+    workspace_floats = std::max(workspace_floats, table().projection_workspace(op));
+  }
+  Tensor workspace = new_tensor(student[0], {workspace_floats}, ScalarType::Float);
+  double loss = 0;
+  for (int64_t l = 0; l < layers; ++l) {
+    ops[l].workspace = static_cast<float*>(workspace.mutable_data_ptr());
+    loss += run_projection(ops[l], l == 0 || weights > 1);
+  }
+  return {new_scalar(student[0], loss), saved};
+}
+
 std::tuple<Tensor, std::vector<Tensor>> hidden_mse(std::vector<Tensor> student, std::vector<Tensor> teacher, std::optional<Tensor> mask,
                                                    std::vector<Tensor> weight, std::vector<Tensor> bias, int64_t normalize,
-                                                   bool) {
-  STD_TORCH_CHECK(weight.empty() && bias.empty(), "hidden_mse with a projection is not on the CPU yet");
+                                                   bool need_grad) {
+  if (!weight.empty()) return project(student, teacher, mask, weight, bias, normalize, need_grad);
   Described d = describe(student, teacher, mask, normalize);
   std::vector<double> partial(d.items);
   d.op.partial = partial.data();
@@ -57,26 +143,34 @@ std::tuple<Tensor, std::vector<Tensor>> hidden_mse(std::vector<Tensor> student, 
   double total = 0;
   for (int64_t item = 0, l = 0; item < d.items; ++item) {
     while (l + 1 < d.op.num_layers && d.layers[l + 1].first_item <= item) ++l;
-    total += partial[item] * (d.layers[l].grad_weight / 2);
+    total += partial[item] * grad_weight_of(d.real, d.layers[l].features) / 2;
   }
-  Tensor loss = torch::stable::new_empty(student[0], {}, ScalarType::Float);
-  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total);
-  return {loss, std::vector<Tensor>{}};
+  return {new_scalar(student[0], total), std::vector<Tensor>{}};
 }
 
 std::vector<Tensor> hidden_mse_backward(const Tensor& grad, std::vector<Tensor> student, std::vector<Tensor> teacher,
-                                        std::optional<Tensor> mask, std::vector<Tensor>, std::vector<Tensor>,
-                                        std::vector<Tensor>, int64_t normalize) {
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == 1, "grad must be a float32 scalar");
-  Described d = describe(student, teacher, mask, normalize);
-  d.op.upstream = static_cast<const float*>(grad.const_data_ptr());
+                                        std::optional<Tensor> mask, std::vector<Tensor> weight, std::vector<Tensor> bias,
+                                        std::vector<Tensor> saved, int64_t normalize) {
   std::vector<Tensor> grads;
+  if (!weight.empty()) {
+    STD_TORCH_CHECK(saved.size() == student.size() + weight.size() + bias.size(), "saved must come from hidden_mse");
+    for (const auto* inputs : {&student, &weight, &bias})
+      for (const Tensor& x : *inputs) grads.push_back(scale_gradient(grad, saved[grads.size()], x));
+    return grads;
+  }
+  Described d = describe(student, teacher, mask, normalize);
+  const float upstream = upstream_of(grad);
+  d.op.upstream = &upstream;
+  int64_t item_bytes = 0;
   for (size_t l = 0; l < student.size(); ++l) {
-    grads.push_back(new_tensor(student[l], student[l].sizes(), student[l].scalar_type()));
+    grads.push_back(new_gradient(student[l], student[l].scalar_type()));
     d.layers[l].grad_student = grads[l].mutable_data_ptr();
+    const int64_t features = d.layers[l].features;
+    item_bytes = std::max<int64_t>(item_bytes, cpu::hidden_tokens_per_item(features) * features * grads[l].element_size());
   }
   const cpu::Table& kernels = table();
-  run_items(d.items, cpu::hidden_scratch(d.op), [&](int64_t item, float* scratch) { kernels.hidden_backward(d.op, item, scratch); });
+  run_items(
+      d.items, cpu::hidden_scratch(d.op), [&](int64_t item, float* scratch) { kernels.hidden_backward(d.op, item, scratch); }, item_bytes);
   return grads;
 }
 
