@@ -26,20 +26,25 @@ inline KdLanes kd_lanes(const KdLoss& op, int64_t first, int64_t last) {
   return lanes;
 }
 
+// Single elements by dtype: for two classes a call per row, as the wide kernel makes, would cost more than the row.
+template <typename F>
+inline void with_element(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kF32: return f(float{}, [](float x) { return x; }, [](float x) { return x; });
+    case DType::kBF16: return f(uint16_t{}, bf16_to_f32, f32_to_bf16);
+    case DType::kF16: return f(uint16_t{}, f16_to_f32, f32_to_f16);
+  }
+}
+
 // Class c of lane l at out[c * W + l]; lanes that are not real hold 0.
 inline void kd_transpose(const KdLoss& op, const LogitsView& x, const int64_t* offset, const KdLanes& lanes, float* out) {
-  float row[kKdNarrow];
-  for (int64_t l = 0; l < W; ++l) {
-    if (l >= lanes.count || !lanes.real[l]) {
-      for (int64_t c = 0; c < op.classes; ++c) out[c * W + l] = 0;
-    } else if (x.dtype == DType::kF32) {  // for two classes a call per row would cost more than the row
-      const float* p = static_cast<const float*>(x.data) + offset[l];
-      for (int64_t c = 0; c < op.classes; ++c) out[c * W + l] = p[c * x.stride_class];
-    } else {
-      const float* p = kd_chunk(x, offset[l], 0, op.classes, row);
-      for (int64_t c = 0; c < op.classes; ++c) out[c * W + l] = p[c];
+  with_element(x.dtype, [&]<typename T>(T, auto widen, auto) {
+    for (int64_t l = 0; l < W; ++l) {
+      const bool read = l < lanes.count && lanes.real[l];
+      const T* p = static_cast<const T*>(x.data) + (read ? offset[l] : 0);
+      for (int64_t c = 0; c < op.classes; ++c) out[c * W + l] = read ? widen(p[c * x.stride_class]) : 0;
     }
-  }
+  });
 }
 
 // Temperatures by lane.
@@ -129,15 +134,13 @@ void kd_loss_backward_lanes(const KdLoss& op, const KdWeights& weights, const Kd
       store(g + c * W, op.labels ? gradient.at<kKind, true>(xs, xt) : gradient.at<kKind, false>(xs, xt));
     }
   });
-  float buffer[kKdNarrow];
-  const bool direct = op.student.dtype == DType::kF32;
-  for (int64_t l = 0; l < lanes.count; ++l) {
-    const int64_t out = (lanes.first + l) * op.classes;
-    float* row = direct ? static_cast<float*>(op.grad_student) + out : buffer;
-    for (int64_t c = 0; c < op.classes; ++c) row[c] = lanes.real[l] ? g[c * W + l] : 0;
-    if (lanes.labelled[l]) row[op.labels[lanes.first + l]] -= hard[l];
-    if (!direct) from_floats(row, op.classes, op.grad_student, op.student.dtype, out);
-  }
+  for (int64_t l = 0; l < lanes.count; ++l)
+    if (lanes.labelled[l]) g[op.labels[lanes.first + l] * W + l] -= hard[l];
+  with_element(op.student.dtype, [&]<typename T>(T, auto, auto narrow) {
+    T* out = static_cast<T*>(op.grad_student) + lanes.first * op.classes;
+    for (int64_t l = 0; l < lanes.count; ++l)
+      for (int64_t c = 0; c < op.classes; ++c) *out++ = narrow(lanes.real[l] ? g[c * W + l] : 0);
+  });
 }
 
 void kd_loss_forward(const KdLoss& op, int64_t item) {
