@@ -294,7 +294,10 @@ inline const float* as_floats(const void* data, DType dtype, int64_t offset, int
   const uint16_t* p = static_cast<const uint16_t*>(data) + offset;
   const bool bf16 = dtype == DType::kBF16;
   if (stride == 1)
-    for (; i + W <= n; i += W) store(scratch + i, bf16 ? load_bf16(p + i) : load_f16(p + i));
+    for (; i + W <= n; i += W) {
+      __builtin_prefetch(p + i + n);  // what a caller that walks a long row asks for next
+      store(scratch + i, bf16 ? load_bf16(p + i) : load_f16(p + i));
+    }
   for (; i < n; ++i) scratch[i] = bf16 ? bf16_to_f32(p[i * stride]) : f16_to_f32(p[i * stride]);
   return scratch;
 }
