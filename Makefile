@@ -40,6 +40,7 @@ lint: $(INSTALLED)
 # memory until they exit. One float32 and one bfloat16 run of each case walk through every load and store.
 ASAN := $(CURDIR)/build/asan
 asan: $(INSTALLED)
+	rm -rf $(ASAN)
 	KDKERNELS_BUILD_VARIANT=asan KDKERNELS_CMAKE_ARGS="-DKDKERNELS_SANITIZE=address,undefined -DKDKERNELS_CUDA=OFF" \
 	  $(BIN)/python setup.py --quiet build --build-lib $(ASAN)
 	for isa in $$($(BIN)/python -c "import kdkernels._native as n; print(*[isa for isa, runs in n.isas().items() if runs])"); do \

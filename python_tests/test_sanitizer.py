@@ -27,8 +27,8 @@ def test_the_instrumented_copy_is_the_one_that_runs():
     assert Path(kdkernels.__file__).parent.parent.name == "asan"
 
 
-def test_a_bad_access_is_noticed():
-    """A row of 9 in memory for 8."""
+def test_a_bad_access_is_noticed(tmp_path):
+    """A row of 9 in memory for 8; run elsewhere than in the checkout, whose package would come first."""
     code = """
 import ctypes, numpy, kdkernels._native as native
 libc = ctypes.CDLL(None)
@@ -36,7 +36,7 @@ libc.malloc.restype = ctypes.c_void_p
 row = numpy.ctypeslib.as_array((ctypes.c_float * 9).from_address(libc.malloc(32))).reshape(1, 9)
 native.KdLossCall("generic", row, numpy.zeros((1, 9), "float32")).forward()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
 
