@@ -26,25 +26,30 @@ inline KdLanes kd_lanes(const KdLoss& op, int64_t first, int64_t last) {
   return lanes;
 }
 
-// Single elements by dtype: for two classes a call per row, as the wide kernel makes, would cost more than the row.
-template <typename F>
-inline void with_element(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kF32: return f(float{}, [](float x) { return x; }, [](float x) { return x; });
-    case DType::kBF16: return f(uint16_t{}, bf16_to_f32, f32_to_bf16);
-    case DType::kF16: return f(uint16_t{}, f16_to_f32, f32_to_f16);
+// Elements of rows to lanes: class c of lane l to out[c * W + l]; lanes that are not real hold 0.
+template <typename T>
+inline void kd_to_lanes(const KdLoss& op, const LogitsView& x, const int64_t* offset, const KdLanes& lanes, T* out) {
+  for (int64_t l = 0; l < W; ++l) {
+    const bool read = l < lanes.count && lanes.real[l];
+    const T* p = static_cast<const T*>(x.data) + (read ? offset[l] : 0);
+    for (int64_t c = 0; c < op.classes; ++c) out[c * W + l] = read ? p[c * x.stride_class] : T{};
   }
 }
 
-// Class c of lane l at out[c * W + l]; lanes that are not real hold 0.
 inline void kd_transpose(const KdLoss& op, const LogitsView& x, const int64_t* offset, const KdLanes& lanes, float* out) {
-  with_element(x.dtype, [&]<typename T>(T, auto widen, auto) {
-    for (int64_t l = 0; l < W; ++l) {
-      const bool read = l < lanes.count && lanes.real[l];
-      const T* p = static_cast<const T*>(x.data) + (read ? offset[l] : 0);
-      for (int64_t c = 0; c < op.classes; ++c) out[c * W + l] = read ? widen(p[c * x.stride_class]) : 0;
-    }
-  });
+  if (x.dtype == DType::kF32) return kd_to_lanes(op, x, offset, lanes, out);
+  uint16_t halves[kKdNarrow * W];
+  kd_to_lanes(op, x, offset, lanes, halves);
+  for (int64_t i = 0; i < op.classes * W; i += W)
+    store(out + i, x.dtype == DType::kBF16 ? load_bf16(halves + i) : load_f16(halves + i));
+}
+
+// Back from lanes to consecutive rows of the gradient; rows that are not real get 0.
+template <typename T>
+inline void kd_from_lanes(const KdLoss& op, const KdLanes& lanes, const T* g) {
+  T* out = static_cast<T*>(op.grad_student) + lanes.first * op.classes;
+  for (int64_t l = 0; l < lanes.count; ++l)
+    for (int64_t c = 0; c < op.classes; ++c) *out++ = lanes.real[l] ? g[c * W + l] : T{};
 }
 
 // Temperatures by lane.
@@ -136,11 +141,11 @@ void kd_loss_backward_lanes(const KdLoss& op, const KdWeights& weights, const Kd
   });
   for (int64_t l = 0; l < lanes.count; ++l)
     if (lanes.labelled[l]) g[op.labels[lanes.first + l] * W + l] -= hard[l];
-  with_element(op.student.dtype, [&]<typename T>(T, auto, auto narrow) {
-    T* out = static_cast<T*>(op.grad_student) + lanes.first * op.classes;
-    for (int64_t l = 0; l < lanes.count; ++l)
-      for (int64_t c = 0; c < op.classes; ++c) *out++ = narrow(lanes.real[l] ? g[c * W + l] : 0);
-  });
+  if (op.student.dtype == DType::kF32) return kd_from_lanes(op, lanes, g);
+  uint16_t halves[kKdNarrow * W];
+  for (int64_t i = 0; i < op.classes * W; i += W)
+    op.student.dtype == DType::kBF16 ? store_bf16(halves + i, load(g + i)) : store_f16(halves + i, load(g + i));
+  kd_from_lanes(op, lanes, halves);
 }
 
 void kd_loss_forward(const KdLoss& op, int64_t item) {
