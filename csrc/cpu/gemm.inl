@@ -37,10 +37,16 @@ struct Vector<double> { typedef vd type; static constexpr int lanes = WD; };
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// What a tile does beside each of its steps: gemm_ahead's argument, called as (first row of the tile, rows of the tile, k).
+struct NothingAhead {
+  void operator()(int64_t, int64_t, int64_t) const {}
+};
+
 // One tile. A is read at a[m * a_row + k * a_col], B at b[k * ldb + n], C at c[m * ldc + n]. What was in C is added last: the sum over
 // k stays short, which is more accurate than going on from C.
-template <int kMr, int kNv, bool kAdd, typename T>
-inline void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc) {
+template <int kMr, int kNv, bool kAdd, typename T, typename Ahead>
+inline void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t first,
+                      const Ahead& ahead) {
   typedef typename Vector<T>::type V;
   constexpr int kLanes = Vector<T>::lanes;
   V acc[kMr][kNv];
@@ -49,6 +55,7 @@ inline void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, c
 #pragma GCC unroll 4
     for (int n = 0; n < kNv; ++n) acc[m][n] = V{};
   for (int64_t k = 0; k < depth; ++k, a += a_col, b += ldb) {
+    ahead(first, kMr, k);
     V columns[kNv];
 #pragma GCC unroll 4
     for (int n = 0; n < kNv; ++n) columns[n] = load(b + n * kLanes);
@@ -68,24 +75,31 @@ inline void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, c
     }
 }
 
-template <int kNv, bool kAdd, typename T>
-inline void gemm_rows(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc) {
+template <int kNv, bool kAdd, typename T, typename Ahead>
+inline void gemm_rows(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc,
+                      const Ahead& ahead) {
   constexpr int kMr = tile_rows(kNv);
-  for (int64_t m = 0; m < rows; m += kMr) gemm_tile<kMr, kNv, kAdd>(depth, a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc);
+  for (int64_t m = 0; m < rows; m += kMr) gemm_tile<kMr, kNv, kAdd>(depth, a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc, m, ahead);
 }
 
 // C[rows, columns] = A B, or += where kAdd. rows: a multiple of kRowPad; columns: of a vector. B is in panels of four vectors, panel p
 // at b + p * panel_stride with rows ldb apart (packed panels: ldb = kPanel, panel_stride = kPanel * depth; row-major B: ldb = its
 // row, panel_stride = kPanel; half of kPanel for doubles).
-template <bool kAdd, typename T>
-inline void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb,
-                 int64_t panel_stride, T* c, int64_t ldc) {
+template <bool kAdd, typename T, typename Ahead>
+inline void gemm_ahead(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb,
+                       int64_t panel_stride, T* c, int64_t ldc, const Ahead& ahead) {
   constexpr int kLanes = Vector<T>::lanes, kWide = 4 * kLanes;
   for (int64_t n = 0; n < columns; n += kWide, b += panel_stride, c += kWide) {
     const int64_t vectors = (columns - n < kWide ? columns - n : kWide) / kLanes;
-    if (vectors == 4) gemm_rows<4, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
-    if (vectors == 3) gemm_rows<3, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
-    if (vectors == 2) gemm_rows<2, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
-    if (vectors == 1) gemm_rows<1, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc);
+    if (vectors == 4) gemm_rows<4, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc, ahead);
+    if (vectors == 3) gemm_rows<3, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc, ahead);
+    if (vectors == 2) gemm_rows<2, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc, ahead);
+    if (vectors == 1) gemm_rows<1, kAdd>(rows, depth, a, a_row, a_col, b, ldb, c, ldc, ahead);
   }
+}
+
+template <bool kAdd, typename T>
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb,
+                 int64_t panel_stride, T* c, int64_t ldc) {
+  gemm_ahead<kAdd>(rows, columns, depth, a, a_row, a_col, b, ldb, panel_stride, c, ldc, NothingAhead{});
 }

@@ -31,10 +31,9 @@ struct Table {
   void (*hidden_forward)(const HiddenMse&, int64_t item, float* scratch);
   void (*hidden_backward)(const HiddenMse&, int64_t item, float* scratch);
 
-  // With a projection, one layer, in this order. One item = kProjectionBlock rows of the weight, real tokens (at least one item), and
-  // rows of the weight's gradient.
-  int64_t (*projection_workspace)(const HiddenProjection&);  // in floats
-  int64_t (*projection_scratch)(const HiddenProjection&);
+  // With a projection, in this order. One item = kProjectionBlock rows of the weight, real tokens (at least one item), or rows of the
+  // weight's gradient.
+  ProjectionFloats (*projection_floats)(const HiddenProjection&);
   void (*projection_pack)(const HiddenProjection&, int64_t item, float* scratch);
   void (*projection_rows)(const HiddenProjection&, int64_t item, float* scratch);
   void (*projection_weight)(const HiddenProjection&, int64_t item, float* scratch);

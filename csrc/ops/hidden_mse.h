@@ -46,15 +46,16 @@ struct HiddenProjection {
   const int64_t* real;  // [rows] which of the batch * tokens are real, in order
   int64_t rows;
   Normalize normalize;
-  double* partial;   // one sum of squares per block of rows
-  float* workspace;  // what the kernels of the layer hand to each other; its packed weight serves later layers too
+  double* partial;       // one sum of squares per block of rows
+  float* packed_weight;  // workspace: what packing the weight leaves for the rows, for all layers that share the weight
+  float* packed_rows;    // workspace: what the rows leave for the weight's gradient
 
   // Gradients for an upstream gradient of 1, contiguous; all null: not wanted. grad_bias may be null on its own. Where `accumulate`,
   // those of weight and bias are added to what an earlier layer has left.
-  float grad_weight;     // d(loss) / d(sum of squares)
-  float* grad_student;   // [batch, tokens, d_s]
-  float* grad_matrix;    // [d_t, d_s]
-  float* grad_bias;      // [d_t]
+  float grad_weight;    // d(loss) / d(sum of squares)
+  float* grad_student;  // [batch, tokens, d_s]
+  float* grad_matrix;   // [d_t, d_s]
+  float* grad_bias;     // [d_t]
   bool accumulate;
 };
 

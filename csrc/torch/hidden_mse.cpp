@@ -48,18 +48,63 @@ Described describe(const std::vector<Tensor>& student, const std::vector<Tensor>
   return d;
 }
 
-// The layer's loss, and its gradients for an upstream of 1 where op.grad_student is set.
-double run_projection(const HiddenProjection& op, bool pack) {
+HiddenProjection describe_projection(const Tensor& student, const Tensor& teacher, const Tensor& weight, const Tensor* bias,
+                                     const std::vector<int64_t>& real, int64_t normalize) {
+  HiddenProjection op{};
+  op.student = states_view(student, "student");
+  op.teacher = states_view(teacher, "teacher");
+  op.batch = student.size(0);
+  op.tokens = student.size(1);
+  op.d_s = student.size(2);
+  op.d_t = teacher.size(2);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == op.d_t && weight.size(1) == op.d_s, "weight must be [D_t, D_s]");
+  op.weight = weight.const_data_ptr();
+  op.weight_stride_row = weight.stride(0);
+  op.weight_stride_column = weight.stride(1);
+  op.weight_dtype = dtype_of(weight, "weight");
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == op.d_t, "bias must be [D_t]");
+    op.bias = bias->const_data_ptr();
+    op.bias_stride = bias->stride(0);
+    op.bias_dtype = dtype_of(*bias, "bias");
+  }
+  op.real = real.data();
+  op.rows = static_cast<int64_t>(real.size());
+  op.normalize = static_cast<Normalize>(normalize);
+  op.grad_weight = static_cast<float>(grad_weight_of(op.rows, op.d_t));
+  return op;
+}
+
+// Runs all layers. The gradient of a layer's weight needs all of its rows; the next layer's rows run beside it, so that threads wait for
+// each other once a layer. Two layers are under way at a time.
+void run_projections(std::vector<HiddenProjection>& ops, const Tensor& like, int64_t weights) {
   const cpu::Table& kernels = table();
-  const int64_t scratch = kernels.projection_scratch(op), weight_blocks = cpu::projection_blocks(op.d_t);
-  const auto run = [&](int64_t items, auto kernel) { run_items(items, scratch, [&](int64_t item, float* own) { kernel(op, item, own); }); };
-  if (pack) run(weight_blocks, kernels.projection_pack);
-  const int64_t row_blocks = std::max<int64_t>(cpu::projection_blocks(op.rows), 1);
-  run(row_blocks, kernels.projection_rows);
-  if (op.grad_student) run(weight_blocks, kernels.projection_weight);
-  double squares = 0;
-  for (int64_t block = 0; block < row_blocks; ++block) squares += op.partial[block];
-  return squares * grad_weight_of(op.rows, op.d_t) / 2;
+  const int64_t layers = static_cast<int64_t>(ops.size());
+  cpu::ProjectionFloats most{0, 0, 0};
+  for (const HiddenProjection& op : ops) {
+    const cpu::ProjectionFloats floats = kernels.projection_floats(op);
+    most = {std::max(most.packed_weight, floats.packed_weight), std::max(most.packed_rows, floats.packed_rows),
+            std::max(most.scratch, floats.scratch)};
+  }
+  const int64_t rows_floats = round_up_to(most.packed_rows, 16), weight_floats = round_up_to(most.packed_weight, 16);
+  Tensor workspace = new_tensor(like, {weights * weight_floats + std::min<int64_t>(layers, 2) * rows_floats}, ScalarType::Float);
+  float* memory = static_cast<float*>(workspace.mutable_data_ptr());
+  for (int64_t l = 0; l < layers; ++l) {
+    ops[l].packed_weight = memory + (weights == 1 ? 0 : l) * weight_floats;
+    ops[l].packed_rows = memory + weights * weight_floats + l % 2 * rows_floats;
+  }
+  for (int64_t w = 0; w < weights; ++w)
+    run_items(cpu::projection_blocks(ops[w].d_t), most.scratch,
+              [&](int64_t item, float* scratch) { kernels.projection_pack(ops[w], item, scratch); });
+  for (int64_t l = 0; l <= layers; ++l) {
+    const bool weight = l > 0 && ops[l - 1].grad_student;
+    const int64_t weight_items = weight ? cpu::projection_blocks(ops[l - 1].d_t) : 0;
+    const int64_t row_items = l < layers ? cpu::projection_row_blocks(ops[l].rows) : 0;
+    run_items(weight_items + row_items, most.scratch, [&](int64_t item, float* scratch) {
+      item < weight_items ? kernels.projection_weight(ops[l - 1], item, scratch)
+                          : kernels.projection_rows(ops[l], item - weight_items, scratch);
+    });
+  }
 }
 
 std::tuple<Tensor, std::vector<Tensor>> project(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
@@ -80,53 +125,25 @@ std::tuple<Tensor, std::vector<Tensor>> project(const std::vector<Tensor>& stude
     for (const auto* inputs : {&student, &weight, &bias})
       for (const Tensor& x : *inputs) saved.push_back(new_gradient(x, ScalarType::Float));
 
-  std::vector<HiddenProjection> ops(layers);
-  std::vector<double> partial(std::max<int64_t>(cpu::projection_blocks(real.size()), 1));
-  int64_t workspace_floats = 0;
+  const int64_t blocks = cpu::projection_row_blocks(static_cast<int64_t>(real.size()));
+  std::vector<double> partial(layers * blocks);
+  std::vector<HiddenProjection> ops;
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t shared = weights == 1 ? 0 : l;
-    const Tensor& w = weight[shared];
-    HiddenProjection& op = ops[l];
-    op.student = states_view(student[l], "student");
-    op.teacher = states_view(teacher[l], "teacher");
-    op.d_s = student[l].size(2);
-    op.d_t = teacher[l].size(2);
     for (const Tensor* x : {&student[l], &teacher[l]})
-      STD_TORCH_CHECK(x->size(0) == batch && x->size(1) == tokens, "all layers must agree in batch and tokens");
-    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == op.d_t && w.size(1) == op.d_s, "weight must be [D_t, D_s]");
-    op.weight = w.const_data_ptr();
-    op.weight_stride_row = w.stride(0);
-    op.weight_stride_column = w.stride(1);
-    op.weight_dtype = dtype_of(w, "weight");
-    if (!bias.empty()) {
-      const Tensor& b = bias[shared];
-      STD_TORCH_CHECK(b.dim() == 1 && b.size(0) == op.d_t, "bias must be [D_t]");
-      op.bias = b.const_data_ptr();
-      op.bias_stride = b.stride(0);
-      op.bias_dtype = dtype_of(b, "bias");
-    }
-    op.batch = batch;
-    op.tokens = tokens;
-    op.real = real.data();
-    op.rows = static_cast<int64_t>(real.size());
-    op.normalize = static_cast<Normalize>(normalize);
-    op.partial = partial.data();
-    op.grad_weight = static_cast<float>(grad_weight_of(op.rows, op.d_t));
-    if (need_grad) {
-      const auto gradient = [&](int64_t i) { return static_cast<float*>(saved[i].mutable_data_ptr()); };
-      op.grad_student = gradient(l);
-      op.grad_matrix = gradient(layers + shared);
-      if (op.bias) op.grad_bias = gradient(layers + weights + shared);
-      op.accumulate = l != shared;
-    }
-    workspace_floats = std::max(workspace_floats, table().projection_workspace(op));
+      STD_TORCH_CHECK(x->dim() == 3 && x->size(0) == batch && x->size(1) == tokens, "all layers must agree in batch and tokens");
+    ops.push_back(describe_projection(student[l], teacher[l], weight[shared], bias.empty() ? nullptr : &bias[shared], real, normalize));
+    ops[l].partial = partial.data() + l * blocks;
+    if (!need_grad) continue;
+    const auto gradient = [&](int64_t i) { return static_cast<float*>(saved[i].mutable_data_ptr()); };
+    ops[l].grad_student = gradient(l);
+    ops[l].grad_matrix = gradient(layers + shared);
+    if (!bias.empty()) ops[l].grad_bias = gradient(layers + weights + shared);
+    ops[l].accumulate = l != shared;
   }
-  Tensor workspace = new_tensor(student[0], {workspace_floats}, ScalarType::Float);
+  run_projections(ops, student[0], weights);
   double loss = 0;
-  for (int64_t l = 0; l < layers; ++l) {
-    ops[l].workspace = static_cast<float*>(workspace.mutable_data_ptr());
-    loss += run_projection(ops[l], l == 0 || weights > 1);
-  }
+  for (int64_t i = 0; i < layers * blocks; ++i) loss += partial[i] * grad_weight_of(ops[0].rows, ops[i / blocks].d_t) / 2;
   return {new_scalar(student[0], loss), saved};
 }
 
