@@ -146,7 +146,17 @@ void hidden_backward(const HiddenMse& op, int64_t item, float* scratch) {
   float *row_s = scratch, *row_t = scratch + hidden_row_floats(n);
   for (int64_t token = block.begin; token < block.end; ++token) {
     float* g = dtype == DType::kF32 ? static_cast<float*>(layer.grad_student) + token * n : row_s;
-    if (op.mask && !op.mask[token]) {
+    const bool real = !op.mask || op.mask[token];
+    if (dtype == DType::kF32 && (!real || op.normalize == kNoNormalize)) {  // the bulk of the traffic: writes that need no reading
+      const float* s = real ? hidden_row(layer.student, op.tokens, token, n, row_s) : nullptr;
+      const float* t = real ? hidden_row(layer.teacher, op.tokens, token, n, row_t) : nullptr;
+      for_vectors(n, [&](int64_t i, int64_t lanes) {
+        const vf d = real ? (load_up_to(s + i, lanes, 0) - load_up_to(t + i, lanes, 0)) * coef : set1(0.0f);
+        lanes == W ? stream(g + i, d) : store_n(g + i, d, lanes);
+      });
+      continue;
+    }
+    if (!real) {
       const int64_t bytes = dtype == DType::kF32 ? 4 : 2;
       __builtin_memset(static_cast<char*>(layer.grad_student) + token * n * bytes, 0, n * bytes);
       continue;
@@ -163,4 +173,5 @@ void hidden_backward(const HiddenMse& op, int64_t item, float* scratch) {
     hidden_gradient(op.normalize, scale, s, t, n, coef, g);
     if (dtype != DType::kF32) from_floats(g, n, layer.grad_student, dtype, token * n);
   }
+  stream_end();
 }

@@ -54,6 +54,23 @@ inline void store_n(float* p, vf x, int64_t n) {
 #endif
 }
 
+// A store past the caches where p is a whole vector's address: it saves reading the lines that it overwrites. For large outputs that
+// nobody reads soon; stream_end() comes before another thread may read them.
+inline void stream(float* p, vf x) {
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(vf) == 0) return _mm512_stream_ps(p, x);
+#elif defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(vf) == 0) return _mm256_stream_ps(p, x);
+#endif
+  store(p, x);
+}
+
+inline void stream_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
