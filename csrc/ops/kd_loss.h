@@ -10,7 +10,8 @@ namespace kd {
 enum Kind : int32_t { kKl = 0, kCe = 1, kReverseKl = 2, kJsd = 3, kTv = 4 };
 enum Reduction : int32_t { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
 
-// Row statistics that backward needs; 32 bytes a row.
+// Row statistics that backward needs; 32 bytes a row. Only the backward of the device that wrote them reads them: cuda/kd_loss.cu
+// uses the same slots in its own units, as its caption says.
 enum KdStat : int32_t {
   kMaxS = 0,      // max of the student's logits (not divided by T)
   kInvZS = 1,     // 1 / sum exp((s - max) / T)

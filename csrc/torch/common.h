@@ -55,8 +55,8 @@ constexpr int64_t kHugePage = 2 << 20;
 
 inline int64_t round_up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// A fresh tensor on `like`'s device. Large ones ask for huge pages: faulting 4 KiB pages into a 60 MB gradient took a quarter of
-// the time of kd_loss.
+// A fresh tensor on `like`'s device. Large ones ask for huge pages: two threads took 13 ms to fault 62 MB, the gradient of kd_loss
+// at 512 x 30522, in by 4 KiB pages and 5 ms by huge ones.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
   Tensor out = torch::stable::new_empty(like, size, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
