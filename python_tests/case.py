@@ -1,4 +1,4 @@
-"""What a row of the table in `cases.py` is, and how it becomes tensors.
+"""What a row of the table in `cases/` is, and how it becomes tensors.
 
 A case says what an op is called with (shapes, options, mask, memory layout) and why it is in the table; `Case.make`
 turns it into tensors from a seed. All rows of an op take the public function's argument names, so that the fused op,

@@ -17,7 +17,10 @@ from kdkernels import functional, reference
 
 from . import tolerance
 from .case import OPS, Target, evaluate
-from .cases import BENCHES, CASES, attention, hidden, kd, of, relation
+from .cases import BENCHES, CASES, of
+from .cases.attention import attention, relation
+from .cases.hidden import hidden
+from .cases.logits import kd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

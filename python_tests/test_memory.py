@@ -7,7 +7,9 @@ from benches.memory import extra_bytes
 from benches.timing import Runner
 from kdkernels import functional
 
-from .cases import attention, hidden, kd, relation
+from .cases.attention import attention, relation
+from .cases.hidden import hidden
+from .cases.logits import kd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,72 @@
+"""Rows of the losses on hidden states."""
+
+from ..case import Case, Target
+from ._common import case_of
+
+
+def hidden(name, why, tokens=41, d_s=80, d_t=None, *, batch=2, layers=None, weights=0, bias=False, **given) -> Case:
+    shape = {"batch": batch, "tokens": tokens, "d_s": d_s, "d_t": d_t or d_s}
+    return case_of("hidden_mse", name, why, {**shape, "layers": layers, "weights": weights, "bias": bias}, given)
+
+
+HIDDEN_MSE = [
+    hidden("plain", "one layer"),
+    hidden("one_token", "1 token, 1 feature", batch=1, tokens=1, d_s=1),
+    hidden("odd", "a width that is no multiple of a vector", tokens=3, d_s=129),
+    hidden("layers", "a list of layers in one call", layers=3, d_s=41),
+    hidden("one_layer_list", "a list of one", layers=1),
+    hidden("mask_lengths", "a padded batch, one sequence all padding", layers=2, batch=4, mask=(41, 1, 0, 17)),
+    hidden("mask_holes", "real tokens need not be a prefix", mask="holes"),
+    hidden("projected", "TinyBERT's projection", d_s=26, d_t=41, weights=1),
+    hidden("projected_bias", "with a bias and padding", d_s=41, d_t=26, weights=1, bias=True, mask=(41, 9)),
+    hidden(
+        "projected_shared",
+        "one projection for all layers: its gradient sums",
+        layers=3,
+        d_s=26,
+        d_t=80,
+        weights=1,
+        bias=True,
+    ),
+    hidden("projected_each", "one projection per layer", layers=3, d_s=26, d_t=80, weights=3, bias=True, mask="holes"),
+    hidden("projected_wide", "sums over many tokens", tokens=129, d_s=129, d_t=200, weights=1),
+    hidden("l2", "PKD", normalize="l2", layers=2, mask=(41, 9)),
+    hidden("l2_projected", "PKD after a projection", normalize="l2", d_s=26, d_t=41, weights=1, bias=True),
+    hidden("layer_norm", "MobileBERT", normalize="layer_norm", layers=2, mask="holes"),
+    hidden(
+        "layer_norm_projected",
+        "after a projection per layer",
+        normalize="layer_norm",
+        d_s=26,
+        d_t=41,
+        layers=2,
+        weights=2,
+    ),
+    hidden("near", "student close to teacher", near=1e-4),
+    hidden("transposed", "[N, B, D] seen as [B, N, D]", layout="transposed", mask=(41, 9)),
+    hidden("sliced", "a slice of a wider state", layout="sliced", layers=2),
+    hidden("strided", "no two features are neighbours", layout="strided"),
+    hidden(
+        "strided_projected",
+        "the same into a projection",
+        layout="strided",
+        d_s=26,
+        d_t=41,
+        weights=1,
+        bias=True,
+        layers=2,
+    ),
+    hidden("expanded", "a teacher broadcast with stride 0", layout="expanded"),
+]
+
+
+CPU = [
+    (
+        hidden("6x8x256x384_projected", "MiniLM-L6, BERT", 256, 384, 768, batch=8, layers=6, weights=1, bias=True),
+        Target(eager=1.5, compile=1.2),
+    ),
+    (
+        hidden("12x8x256x768_half", "half of the tokens are padding", 256, 768, batch=8, layers=12, mask="half"),
+        Target(eager=4, compile=2),
+    ),
+]
