@@ -32,7 +32,17 @@ def _module(name: str, function) -> type[nn.Module]:
 KdLoss = _module("KdLoss", functional.kd_loss)
 AttentionKl = _module("AttentionKl", functional.attention_kl)
 AttentionMse = _module("AttentionMse", functional.attention_mse)
+AttentionMapKl = _module("AttentionMapKl", functional.attention_map_kl)
+AttentionMapMse = _module("AttentionMapMse", functional.attention_map_mse)
 RelationKl = _module("RelationKl", functional.relation_kl)
 HiddenMse = _module("HiddenMse", functional.hidden_mse)
 
-__all__ = ["AttentionKl", "AttentionMse", "HiddenMse", "KdLoss", "RelationKl"]
+__all__ = [
+    "AttentionKl",
+    "AttentionMapKl",
+    "AttentionMapMse",
+    "AttentionMse",
+    "HiddenMse",
+    "KdLoss",
+    "RelationKl",
+]

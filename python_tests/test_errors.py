@@ -20,6 +20,8 @@ GOOD = {
     "attention_mse": dict(
         zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(2, 3, 5, d) for d in (4, 4, 8, 8)), strict=True)
     ),
+    "attention_map_mse": {"student_scores": torch.randn(2, 3, 5, 5), "teacher_scores": torch.randn(2, 3, 5, 5)},
+    "attention_map_kl": {"student_scores": torch.randn(2, 3, 5, 5), "teacher_scores": torch.randn(2, 3, 5, 5)},
     "relation_kl": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 24), "num_heads": 3},
     "hidden_mse": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 12)},
 }
@@ -106,6 +108,25 @@ ATTENTION = {
     "scale NaN": ({"scale_s": float("nan")}, ValueError, "scale_s"),
     "scale a word": ({"scale_t": "x"}, TypeError, "scale_t.*str"),
 }
+MAPS = {
+    "three dimensions": ({"student_scores": torch.randn(3, 5, 5)}, ValueError, "student_scores.*4 dimensions"),
+    "rectangular": ({"teacher_scores": torch.randn(2, 3, 5, 6)}, ValueError, r"teacher_scores.*square.*\[2, 3, 5, 6\]"),
+    "head counts differ": ({"teacher_scores": torch.randn(2, 4, 5, 5)}, ValueError, "heads.*head_reduction.*2, 4, 5"),
+    "tokens differ": ({"teacher_scores": torch.randn(2, 3, 6, 6)}, ValueError, "teacher_scores.*tokens"),
+    "batch differs": ({"teacher_scores": torch.randn(1, 3, 5, 5)}, ValueError, "teacher_scores.*batch"),
+    "no heads": (
+        {"student_scores": torch.ones(2, 0, 5, 5), "head_reduction": "sum"},
+        ValueError,
+        "student_scores.*at least one head",
+    ),
+    "integer": ({"student_scores": torch.ones(2, 3, 5, 5, dtype=torch.int32)}, ValueError, "student_scores.*int32"),
+    "no tensor": ({"teacher_scores": None}, TypeError, "teacher_scores.*NoneType"),
+    "teacher requires grad": ({"teacher_scores": grad(2, 3, 5, 5)}, ValueError, "teacher_scores requires grad"),
+    "another device": ({"teacher_scores": torch.ones(2, 3, 5, 5, device="meta")}, ValueError, "teacher_scores is on"),
+    "mask of another shape": ({"mask": torch.ones(2, 3)}, ValueError, r"mask.*\[2, 5\].*\[2, 3\]"),
+    "mask over entries": ({"mask": torch.ones(2, 1, 5, 5)}, ValueError, "mask"),
+    "head reduction": ({"head_reduction": "max"}, ValueError, "head_reduction.*None, 'sum', 'mean'.*'max'"),
+}
 MISTAKES = {
     "kd_loss": KD,
     "attention_kl": ATTENTION
@@ -116,6 +137,12 @@ MISTAKES = {
     },
     "attention_mse": ATTENTION
     | {"on": ({"on": "logits"}, ValueError, "on must be one of 'scores', 'probs'.*'logits'")},
+    "attention_map_mse": MAPS,
+    "attention_map_kl": MAPS
+    | {
+        "T = 0": ({"temperature": 0}, ValueError, "temperature.*> 0"),
+        "reduction": ({"reduction": "mean"}, ValueError, "reduction.*'batchmean', 'sum', 'none'.*'mean'"),
+    },
     "relation_kl": {
         "two dimensions": ({"student": torch.randn(5, 12)}, ValueError, "student.*3 dimensions"),
         "batch differs": ({"teacher": torch.randn(1, 5, 24)}, ValueError, "batch"),

@@ -12,7 +12,16 @@ given and what is accepted, and RuntimeError on a second derivative.
 """
 
 from .attention import attention_kl, attention_mse, relation_kl
+from .attention_map import attention_map_kl, attention_map_mse
 from .hidden import hidden_mse
 from .logits import kd_loss
 
-__all__ = ["attention_kl", "attention_mse", "hidden_mse", "kd_loss", "relation_kl"]
+__all__ = [
+    "attention_kl",
+    "attention_map_kl",
+    "attention_map_mse",
+    "attention_mse",
+    "hidden_mse",
+    "kd_loss",
+    "relation_kl",
+]
