@@ -112,10 +112,23 @@ def _hidden_mse(call: Call) -> Work:
     return Work(moved, len(students) * real * 6 * d_s * d_t if "weight" in call.student else 0)
 
 
+def _tinybert_step(call: Call) -> Work:
+    """The sum over its losses."""
+    s, t, other = call.student, call.teacher, call.other
+    parts = [
+        _attention_mse(Call({"q_s": q_s, "k_s": k_s}, {"q_t": q_t, "k_t": k_t}, other))
+        for q_s, k_s, q_t, k_t in zip(s["q_s"], s["k_s"], t["q_t"], t["k_t"], strict=True)
+    ]
+    parts.append(_hidden_mse(Call({name: s[name] for name in ("student", "weight")}, {"teacher": t["teacher"]}, other)))
+    parts.append(_kd_loss(Call({"logits": s["student_logits"]}, {"logits": t["teacher_logits"]}, {})))
+    return Work(sum(part.bytes for part in parts), sum(part.operations for part in parts))
+
+
 _WORK = {
     "kd_loss": _kd_loss,
     "attention_kl": _attention_maps,
     "attention_mse": _attention_mse,
     "relation_kl": _relation_kl,
     "hidden_mse": _hidden_mse,
+    "tinybert_step": _tinybert_step,
 }

@@ -23,6 +23,7 @@ import kdkernels.functional
 from python_tests import tolerance
 from python_tests.case import OPS, Call, Case
 from python_tests.cases import BENCHES, of
+from python_tests.steps import STEPS, loss_of
 
 from . import machine, memory, roofline
 from .peers import compiled, eager, liger
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benches.run", description="Time the fused losses beside their peers."
     )
-    parser.add_argument("ops", metavar="OP", nargs="*", help=f"of {', '.join(OPS)} (default: all)")
+    parser.add_argument("ops", metavar="OP", nargs="*", help=f"of {', '.join((*OPS, *STEPS))} (default: all)")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all that run here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -187,9 +188,9 @@ def _truth(op: str, call: Call):
 
 
 def _entries(case: Case, call: Call, effort: Effort, where: str) -> list[Entry]:
-    entries = [Entry(Runner(OURS, getattr(kdkernels.functional, case.op), call))]
+    entries = [Entry(Runner(OURS, loss_of(kdkernels.functional, case.op), call))]
     if case.target.float32 is not None:
-        entries.append(Entry(Runner(FLOAT32, getattr(kdkernels.functional, case.op), call.to(torch.float32))))
+        entries.append(Entry(Runner(FLOAT32, loss_of(kdkernels.functional, case.op), call.to(torch.float32))))
     if EAGER in effort.peers:
         candidates = [Runner(EAGER, variant, call) for variant in eager.VARIANTS[case.op]]
         fastest = min(candidates, key=quick) if len(candidates) > 1 else candidates[0]

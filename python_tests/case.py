@@ -208,10 +208,31 @@ def _hidden(generator, case):
     )
 
 
+def _tinybert_step(generator, case):
+    batch, tokens, layers, heads, d_s, d_t, classes = (
+        case.shape[key] for key in ("batch", "tokens", "layers", "heads", "d_s", "d_t", "classes")
+    )
+
+    def pairs(count, student_shape, teacher_shape):
+        made = [_pair(generator, case, student_shape, teacher_shape) for _ in range(count)]
+        return [s for s, _ in made], [t for _, t in made]
+
+    q_s, q_t = pairs(layers, (batch, heads, tokens, d_s), (batch, heads, tokens, d_t))
+    k_s, k_t = pairs(layers, (batch, heads, tokens, d_s), (batch, heads, tokens, d_t))
+    states = pairs(layers + 1, (batch, tokens, heads * d_s), (batch, tokens, heads * d_t))
+    logits = _pair(generator, case, (batch, classes), (batch, classes))
+    weight = torch.randn(heads * d_t, heads * d_s, generator=generator) * (heads * d_s) ** -0.5
+    student = {"q_s": q_s, "k_s": k_s, "student": states[0], "weight": weight, "student_logits": logits[0]}
+    student["bias"] = torch.randn(heads * d_t, generator=generator)
+    teacher = {"q_t": q_t, "k_t": k_t, "teacher": states[1], "teacher_logits": logits[1]}
+    return student, teacher, _mask(generator, case.mask, (batch, tokens))
+
+
 _MAKERS = {
     "kd_loss": _kd_loss,
     "attention_kl": _attention,
     "attention_mse": _attention,
     "relation_kl": _relation,
     "hidden_mse": _hidden,
+    "tinybert_step": _tinybert_step,
 }

@@ -21,6 +21,8 @@ from .cases import BENCHES, CASES, of
 from .cases.attention import attention, relation
 from .cases.hidden import hidden
 from .cases.logits import kd
+from .cases.steps import tinybert
+from .steps import STEPS, loss_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +35,7 @@ CEILINGS = roofline.Ceilings(1e10, 1e11, "made up")
 
 
 def test_every_op_has_targets():
-    assert {case.op for case in BENCHES} == set(OPS)
+    assert {case.op for case in BENCHES} == {*OPS, *STEPS}
     assert all(case.target is not None for case in BENCHES)
     assert len({case.id for case in BENCHES}) == len(BENCHES)
     assert len({case.id for case in CASES}) == len(CASES)
@@ -78,6 +80,28 @@ def test_eager_code_computes_the_same(op):
         for variant in eager.VARIANTS[op]:
             got = evaluate(variant, call)
             torch.testing.assert_close([got[0], *got[1]], [truth[0], *truth[1]], rtol=1e-7, atol=1e-12, msg=case.id)
+
+
+def test_a_step_is_the_sum_of_its_losses():
+    """Ours, the reference and eager code, and the work that the floor counts."""
+    shape = dict(batch=3, tokens=9, layers=2, heads=2, d_s=3, d_t=5, classes=2)
+    call = tinybert("", "", **shape, mask=(9, 0, 4)).make()
+    s, t, mask = call.student, call.teacher, call.other["mask"]
+    truth = tolerance.truth_of("tinybert_step", call)
+    expected = reference.hidden_mse(s["student"], t["teacher"], mask, weight=s["weight"], bias=s["bias"])
+    expected = expected - (t["teacher_logits"].softmax(-1) * s["student_logits"].log_softmax(-1)).mean()
+    for layer in zip(s["q_s"], s["k_s"], t["q_t"], t["k_t"], strict=True):
+        expected = expected + reference.attention_mse(*layer, mask)
+    torch.testing.assert_close(truth[0], expected.detach().double())
+    for library in (functional, eager):
+        got = evaluate(loss_of(library, "tinybert_step"), call)
+        torch.testing.assert_close([got[0], *got[1]], [truth[0], *truth[1]], check_dtype=False)
+    real, rows, logits = 13, 2 * 13, 3 * 3 * 2 * 4
+    attention = shape["layers"] * 2 * 3 * 2 * 9 * (2 * 3 + 5) * 4
+    states = (shape["layers"] + 1) * (real * (6 + 10) + 3 * 9 * 6) * 4
+    work = roofline.work("tinybert_step", call)
+    assert work.bytes == attention + states + logits
+    assert work.operations == 2 * rows * (2 * 8**2 + 4 * 8 * 3) + 3 * real * 6 * 6 * 10
 
 
 @pytest.mark.parametrize(

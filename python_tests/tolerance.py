@@ -17,6 +17,7 @@ import kdkernels.reference
 from benches.peers import eager
 
 from .case import Call, Case, evaluate
+from .steps import loss_of
 
 # Where student and teacher are near one another the result is mostly rounding: chance needs more draws to even out.
 SEEDS, SEEDS_NEAR = range(4), range(12)
@@ -52,7 +53,7 @@ def errors(function, call: Call, truth) -> list[Error]:
 
 def truth_of(op: str, call: Call):
     """The loss and gradients in float64."""
-    return evaluate(getattr(kdkernels.reference, op), call.to(torch.float64))
+    return evaluate(loss_of(kdkernels.reference, op), call.to(torch.float64))
 
 
 def violations(case: Case, dtypes: tuple | None = None, device: str = "cpu", seeds=None, function=None) -> list[str]:

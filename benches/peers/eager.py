@@ -7,8 +7,12 @@ ways of writing a loss are common, both stand here and the benches take the fast
 `kdkernels.functional`.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
+
+from python_tests import steps
 
 # What BERT-era code adds to the scores of padding: large for a softmax, and finite, so that 0 * log 0 stays 0.
 PADDING = -1e4
@@ -118,12 +122,17 @@ def hidden_mse(student, teacher, mask=None, *, weight=None, bias=None, normalize
     return total
 
 
+def tinybert_step(**tensors):
+    return steps.tinybert_step(sys.modules[__name__])(**tensors)
+
+
 VARIANTS = {
     "kd_loss": (kd_loss, kd_loss_softmax_target),
     "attention_kl": (attention_kl, attention_kl_softmax_target),
     "attention_mse": (attention_mse,),
     "relation_kl": (relation_kl, relation_kl_softmax_target),
     "hidden_mse": (hidden_mse,),
+    "tinybert_step": (tinybert_step,),
 }
 
 

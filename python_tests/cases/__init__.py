@@ -8,7 +8,8 @@ more with bfloat16 inputs, which must be no slower, and CUDA rows have bfloat16 
 from dataclasses import replace
 
 from ..case import OPS, Case, Target
-from . import attention, hidden, logits
+from ..steps import STEPS
+from . import attention, hidden, logits, steps
 from ._common import BFLOAT16
 
 CASES = [
@@ -19,7 +20,7 @@ CASES = [
     *hidden.HIDDEN_MSE,
 ]
 
-_CPU = [*logits.CPU, *attention.CPU, *hidden.CPU]
+_CPU = [*logits.CPU, *attention.CPU, *hidden.CPU, *steps.CPU]
 _CUDA = [*logits.CUDA, *attention.CUDA]
 
 BENCHES = [
@@ -30,8 +31,9 @@ BENCHES = [
 
 
 def of(*ops: str, table: list[Case] = CASES) -> list[Case]:
-    """The rows of some ops, in the table's order."""
-    unknown = set(ops) - set(OPS)
+    """The rows of some ops or steps, in the table's order."""
+    known = (*OPS, *STEPS)
+    unknown = set(ops) - set(known)
     if unknown:
-        raise ValueError(f"unknown op {', '.join(sorted(unknown))}; the table has {', '.join(OPS)}")
-    return [case for case in table if case.op in (ops or OPS)]
+        raise ValueError(f"unknown op {', '.join(sorted(unknown))}; the table has {', '.join(known)}")
+    return [case for case in table if case.op in (ops or known)]
