@@ -36,13 +36,19 @@ AttentionMapKl = _module("AttentionMapKl", functional.attention_map_kl)
 AttentionMapMse = _module("AttentionMapMse", functional.attention_map_mse)
 RelationKl = _module("RelationKl", functional.relation_kl)
 HiddenMse = _module("HiddenMse", functional.hidden_mse)
+HiddenCosine = _module("HiddenCosine", functional.hidden_cosine)
+GramMse = _module("GramMse", functional.gram_mse)
+MomentMse = _module("MomentMse", functional.moment_mse)
 
 __all__ = [
     "AttentionKl",
     "AttentionMapKl",
     "AttentionMapMse",
     "AttentionMse",
+    "GramMse",
+    "HiddenCosine",
     "HiddenMse",
     "KdLoss",
+    "MomentMse",
     "RelationKl",
 ]

@@ -24,6 +24,9 @@ GOOD = {
     "attention_map_kl": {"student_scores": torch.randn(2, 3, 5, 5), "teacher_scores": torch.randn(2, 3, 5, 5)},
     "relation_kl": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 24), "num_heads": 3},
     "hidden_mse": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 12)},
+    "hidden_cosine": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 12)},
+    "moment_mse": {"student": torch.randn(2, 5, 12), "teacher": torch.randn(2, 5, 12)},
+    "gram_mse": dict(zip(("s0", "s1", "t0", "t1"), (torch.randn(2, 5, 12) for _ in range(4)), strict=True)),
 }
 
 
@@ -127,6 +130,23 @@ MAPS = {
     "mask over entries": ({"mask": torch.ones(2, 1, 5, 5)}, ValueError, "mask"),
     "head reduction": ({"head_reduction": "max"}, ValueError, "head_reduction.*None, 'sum', 'mean'.*'max'"),
 }
+LAYERS = {
+    "widths differ": ({"teacher": torch.randn(2, 5, 24)}, ValueError, "teacher.*width"),
+    "tokens differ": ({"teacher": torch.randn(2, 6, 12)}, ValueError, "tokens"),
+    "layers differ": ({"student": [torch.randn(2, 5, 12)] * 2}, ValueError, "layers.*2 and 1"),
+    "no layers": ({"student": [], "teacher": []}, ValueError, "student.*at least one layer"),
+    "two dimensions": ({"student": torch.randn(5, 12)}, ValueError, "student.*3 dimensions"),
+    "no features": (
+        {"student": torch.ones(2, 5, 0), "teacher": torch.ones(2, 5, 0)},
+        ValueError,
+        "at least one feature",
+    ),
+    "no tensor": ({"student": "hidden"}, TypeError, "student.*str"),
+    "integer": ({"student": torch.ones(2, 5, 12, dtype=torch.long)}, ValueError, "student.*int64"),
+    "teacher requires grad": ({"teacher": grad(2, 5, 12)}, ValueError, "teacher requires grad"),
+    "another device": ({"teacher": torch.ones(2, 5, 12, device="meta")}, ValueError, "teacher is on meta"),
+    "mask of another shape": ({"mask": torch.ones(2, 4)}, ValueError, "mask"),
+}
 MISTAKES = {
     "kd_loss": KD,
     "attention_kl": ATTENTION
@@ -159,20 +179,35 @@ MISTAKES = {
         "reduction": ({"reduction": "mean"}, ValueError, "reduction"),
         "integer": ({"teacher": torch.ones(2, 5, 24, dtype=torch.int8)}, ValueError, "teacher.*int8"),
     },
-    "hidden_mse": {
-        "widths differ": ({"teacher": torch.randn(2, 5, 24)}, ValueError, "teacher.*weight"),
-        "tokens differ": ({"teacher": torch.randn(2, 6, 12)}, ValueError, "tokens"),
-        "layers differ": ({"student": [torch.randn(2, 5, 12)] * 2}, ValueError, "layers.*2 and 1"),
-        "no layers": ({"student": [], "teacher": []}, ValueError, "student.*at least one layer"),
-        "two dimensions": ({"student": torch.randn(5, 12)}, ValueError, "student.*3 dimensions"),
-        "no features": (
-            {"student": torch.ones(2, 5, 0), "teacher": torch.ones(2, 5, 0)},
+    "hidden_cosine": LAYERS,
+    "moment_mse": LAYERS
+    | {
+        "weight NaN": ({"mean_weight": float("nan")}, ValueError, "mean_weight.*nan"),
+        "weight a word": ({"variance_weight": "x"}, TypeError, "variance_weight.*str"),
+        "variance": ({"variance": "abs"}, ValueError, "variance must be one of 'absolute', 'squared'.*'abs'"),
+    },
+    "gram_mse": {
+        "over": ({"over": "batch"}, ValueError, "over must be one of 'hidden', 'token'.*'batch'"),
+        "two dimensions": ({"s1": torch.randn(5, 12)}, ValueError, "s1.*3 dimensions"),
+        "batch differs": ({"t1": torch.randn(1, 5, 12)}, ValueError, "t1.*batch"),
+        "tokens differ": ({"s1": torch.randn(2, 6, 12)}, ValueError, "s1.*tokens"),
+        "teacher wider over hidden": ({"t1": torch.randn(2, 5, 24)}, ValueError, "t1.*width of s1"),
+        "factors differ over token": ({"s1": torch.randn(2, 5, 24), "over": "token"}, ValueError, "s1.*width of s0"),
+        "teacher wider, one layer": (
+            {"t0": torch.randn(2, 5, 24), "s1": None, "t1": None},
             ValueError,
-            "at least one feature",
+            "t0.*width of s0",
         ),
-        "no tensor": ({"student": "hidden"}, TypeError, "student.*str"),
-        "teacher requires grad": ({"teacher": grad(2, 5, 12)}, ValueError, "teacher requires grad"),
-        "another device": ({"teacher": torch.ones(2, 5, 12, device="meta")}, ValueError, "teacher is on meta"),
+        "no features": ({"s0": torch.ones(2, 5, 0)}, ValueError, "s0.*at least one feature"),
+        "no tensor": ({"s0": None}, TypeError, "s0.*NoneType"),
+        "integer": ({"t0": torch.ones(2, 5, 12, dtype=torch.int32)}, ValueError, "t0.*int32"),
+        "teacher requires grad": ({"t1": grad(2, 5, 12)}, ValueError, "t1 requires grad"),
+        "another device": ({"t0": torch.ones(2, 5, 12, device="meta")}, ValueError, "t0 is on meta"),
+        "mask of another shape": ({"mask": torch.ones(2, 4)}, ValueError, "mask"),
+    },
+    "hidden_mse": LAYERS
+    | {
+        "widths differ": ({"teacher": torch.randn(2, 5, 24)}, ValueError, "teacher.*weight"),
         "weight transposed": (
             {"teacher": torch.ones(2, 5, 24), "weight": torch.ones(12, 24)},
             ValueError,
@@ -183,7 +218,6 @@ MISTAKES = {
         "bias alone": ({"bias": torch.ones(12)}, ValueError, "bias needs weight"),
         "bias too short": ({"weight": torch.ones(12, 12), "bias": torch.ones(11)}, ValueError, r"bias.*\[12\].*11"),
         "normalize": ({"normalize": "l1"}, ValueError, "normalize.*'l2', 'layer_norm'.*'l1'"),
-        "mask of another shape": ({"mask": torch.ones(2, 4)}, ValueError, "mask"),
     },
 }
 ROWS = [pytest.param(op, *row, id=f"{op}: {name}") for op, rows in MISTAKES.items() for name, row in rows.items()]

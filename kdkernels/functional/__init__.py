@@ -13,7 +13,7 @@ given and what is accepted, and RuntimeError on a second derivative.
 
 from .attention import attention_kl, attention_mse, relation_kl
 from .attention_map import attention_map_kl, attention_map_mse
-from .hidden import hidden_mse
+from .hidden import gram_mse, hidden_cosine, hidden_mse, moment_mse
 from .logits import kd_loss
 
 __all__ = [
@@ -21,7 +21,10 @@ __all__ = [
     "attention_map_kl",
     "attention_map_mse",
     "attention_mse",
+    "gram_mse",
+    "hidden_cosine",
     "hidden_mse",
     "kd_loss",
+    "moment_mse",
     "relation_kl",
 ]

@@ -4,7 +4,7 @@ import torch
 
 from .. import _checks, reference
 from .._load import serves
-from ..ops._common import NORMALIZE
+from ..ops._common import NORMALIZE, OVER, VARIANCE
 from ._common import any_fp64, need_grad
 
 
@@ -51,6 +51,73 @@ def hidden_mse(student, teacher, mask=None, *, weight=None, bias=None, normalize
     )[0]
 
 
+def hidden_cosine(student, teacher, mask=None):
+    """Mean over real tokens of 1 - cos(student, teacher) (DistilBERT, arXiv 1910.01108; TextBrewer's cos).
+
+    A norm below 1e-8 counts as 1e-8, as in torch.nn.functional.cosine_similarity: a zero state has cosine 0.
+
+    Args:
+        student, teacher: [B, N, D] each, or lists of as many layers: one launch, then the sum over layers.
+        mask: [B, N].
+
+    Returns: a scalar; float32 (float64 for float64 inputs).
+    """
+    students, teachers = _pairs_of_layers(student, teacher)
+    mask = _checks.mask(mask, students[0].shape[:2], students[0], "[batch, tokens]")
+    return reference.hidden_cosine(students, teachers, mask)
+
+
+def moment_mse(student, teacher, mask=None, *, mean_weight=1.0, variance_weight=1.0, variance="absolute"):
+    """Transfer of each token's mean and variance over its features (MobileBERT, arXiv 2004.02984).
+
+    Mean over real tokens of mean_weight (mean_s - mean_t)^2 + variance_weight |var_s - var_t|, as MobileBERT's code has
+    it, with its weights 5000 and 5; the variance is the mean square around the mean.
+
+    Args:
+        student, teacher: [B, N, D] each, or lists of as many layers: one launch, then the sum over layers.
+        mask: [B, N].
+        mean_weight, variance_weight: finite numbers.
+        variance: "absolute" or "squared", how the difference of variances counts.
+
+    Returns: a scalar; float32 (float64 for float64 inputs).
+    """
+    students, teachers = _pairs_of_layers(student, teacher)
+    mask = _checks.mask(mask, students[0].shape[:2], students[0], "[batch, tokens]")
+    mean_weight = _checks.number("mean_weight", mean_weight)
+    variance_weight = _checks.number("variance_weight", variance_weight)
+    _checks.choice("variance", variance, VARIANCE)
+    return reference.moment_mse(
+        students, teachers, mask, mean_weight=mean_weight, variance_weight=variance_weight, variance=variance
+    )
+
+
+def gram_mse(s0, s1, t0, t1, mask=None, *, over="hidden"):
+    """Mean squared error between Gram matrices of hidden states, which are never stored.
+
+    over="hidden" (flow of the solution procedure, Yim et al., CVPR 2017; TextBrewer's fsp): per sequence of n real
+    tokens s0^T s1 / n against t0^T t1 / n, mean over sequences with a real token and D_0 x D_1.
+    over="token" (neuron selectivity transfer, arXiv 1707.01219; TextBrewer's nst or mmd): s0 s1^T / D_s against
+    t0 t1^T / D_t, mean over the pairs of real tokens of each sequence.
+
+    Args:
+        s0, s1: the student's states of two layers, [B, N, D_0] and [B, N, D_1]. s1 = None: s0 once more, the usual
+            NST; its Gram matrix is symmetric, which saves work, as it does where both are the same tensor.
+        t0, t1: the teacher's. Over "hidden" with the student's widths; over "token" s0 and s1 share one width, and t0
+            and t1 another.
+        mask: [B, N].
+        over: "hidden" or "token".
+
+    Returns: a scalar; float32 (float64 for float64 inputs).
+    """
+    _checks.choice("over", over, OVER)
+    s1, t1 = None if s1 is s0 else s1, None if t1 is t0 else t1
+    if (s1 is None) != (t1 is None):
+        s1, t1 = s0 if s1 is None else s1, t0 if t1 is None else t1
+    _check_gram(s0, s1, t0, t1, over)
+    mask = _checks.mask(mask, s0.shape[:2], s0, "[batch, tokens]")
+    return reference.gram_mse(s0, s1, t0, t1, mask, over=over)
+
+
 def _layers(name: str, value) -> list:
     layers = list(value) if isinstance(value, (list, tuple)) else [value]
     if not layers:
@@ -72,9 +139,10 @@ def _shared_or_per_layer(name: str, value, layers: int) -> list:
     return values
 
 
-def _check_hidden_layer(s, t, w, b, first) -> None:
+def _check_states(s, t, first) -> None:
+    """One layer of either side, on the grid of the first layer."""
     _checks.teacher("teacher", t)
-    _checks.same_device("student", first, student=s, teacher=t, weight=w, bias=b)
+    _checks.same_device("student", first, student=s, teacher=t)
     if s.shape[:2] != first.shape[:2] or t.shape[:2] != first.shape[:2]:
         raise ValueError(
             "all layers of student and teacher must agree in batch and tokens; got "
@@ -82,6 +150,11 @@ def _check_hidden_layer(s, t, w, b, first) -> None:
         )
     if s.shape[2] == 0 or t.shape[2] == 0:
         raise ValueError(f"student and teacher must have at least one feature; got {list(s.shape)} and {list(t.shape)}")
+
+
+def _check_hidden_layer(s, t, w, b, first) -> None:
+    _check_states(s, t, first)
+    _checks.same_device("student", first, weight=w, bias=b)
     if w is None and s.shape[2] != t.shape[2]:
         raise ValueError(
             f"teacher must have the width of student, or weight must project it; got student {list(s.shape)}, "
@@ -91,3 +164,38 @@ def _check_hidden_layer(s, t, w, b, first) -> None:
         raise ValueError(f"weight must have the shape [D_t, D_s] = {[t.shape[2], s.shape[2]]}, got {list(w.shape)}")
     if b is not None and b.shape[0] != t.shape[2]:
         raise ValueError(f"bias must have the shape [D_t] = {[t.shape[2]]}, got {list(b.shape)}")
+
+
+def _pairs_of_layers(student, teacher) -> tuple[list, list]:
+    """Both as lists of as many layers of one width on one token grid."""
+    students, teachers = _layers("student", student), _layers("teacher", teacher)
+    if len(students) != len(teachers):
+        raise ValueError(f"student and teacher must have as many layers; got {len(students)} and {len(teachers)}")
+    for s, t in zip(students, teachers, strict=True):
+        _check_states(s, t, students[0])
+        if s.shape[2] != t.shape[2]:
+            raise ValueError(f"teacher must have the width of student; got {list(s.shape)} and {list(t.shape)}")
+    return students, teachers
+
+
+def _check_gram(s0, s1, t0, t1, over: str) -> None:
+    given = {"s0": s0, "t0": t0} if s1 is None else {"s0": s0, "s1": s1, "t0": t0, "t1": t1}
+    for name, x in given.items():
+        _checks.tensor(name, x, 3)
+        if x.shape[:2] != s0.shape[:2]:
+            raise ValueError(
+                f"{name} must agree with s0 in batch and tokens; got s0 {list(s0.shape)}, {name} {list(x.shape)}"
+            )
+        if x.shape[2] == 0:
+            raise ValueError(f"{name} must have at least one feature, got shape {list(x.shape)}")
+        if name in ("t0", "t1"):
+            _checks.teacher(name, x)
+    _checks.same_device("s0", s0, **given)
+    # Which widths must be the same: those of a product's two factors, or those of both sides' products.
+    same = (("s0", "s1"), ("t0", "t1")) if over == "token" else (("s0", "t0"), ("s1", "t1"))
+    for first, second in same:
+        if {first, second} <= given.keys() and given[first].shape[2] != given[second].shape[2]:
+            raise ValueError(
+                f"{second} must have the width of {first} over {over!r}; got {list(given[first].shape)} and "
+                f"{list(given[second].shape)}"
+            )

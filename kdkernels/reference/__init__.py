@@ -4,8 +4,11 @@ from .attention_kl import attention_kl
 from .attention_map_kl import attention_map_kl
 from .attention_map_mse import attention_map_mse
 from .attention_mse import attention_mse
+from .gram_mse import gram_mse
+from .hidden_cosine import hidden_cosine
 from .hidden_mse import hidden_mse
 from .kd_loss import kd_loss
+from .moment_mse import moment_mse
 from .relation_kl import relation_kl
 
 __all__ = [
@@ -13,7 +16,10 @@ __all__ = [
     "attention_map_kl",
     "attention_map_mse",
     "attention_mse",
+    "gram_mse",
+    "hidden_cosine",
     "hidden_mse",
     "kd_loss",
+    "moment_mse",
     "relation_kl",
 ]
