@@ -65,6 +65,11 @@ def violations(case: Case, dtypes: tuple | None = None, device: str = "cpu", see
         truth = truth_of(case.op, call)
         ours.append(errors(function, call, truth))
         peers.append(_yardstick(case.op, call, truth))
+    return excess(call, ours, peers)
+
+
+def excess(call: Call, ours: list[list[Error]], peers: list[list[Error]]) -> list[str]:
+    """One line per output whose worst error over the seeds is more than the peer's allows; `call` tells the dtypes."""
     single = torch.float32 in {x.dtype for x in call.leaves + call.teachers}
     outputs = [("loss", torch.float32), *((f"gradient {i}", leaf.dtype) for i, leaf in enumerate(call.leaves))]
     found = []
