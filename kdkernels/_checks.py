@@ -108,6 +108,35 @@ def labels(value, shape: tuple, like: torch.Tensor, classes: int, ignore_index: 
     return value.to(torch.int64).contiguous()
 
 
+def class_indices(name: str, value, like: torch.Tensor, classes: int, rows) -> torch.Tensor:
+    """`value` in the shape of `like` [..., K], integer; the classes of real rows must be in [0, classes)."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {value.dtype}")
+    if value.shape != like.shape:
+        raise ValueError(f"{name} must have the shape {list(like.shape)} of the values, got {list(value.shape)}")
+    same_device("student_logits", like, **{name: value})
+    if readable(value):
+        real = value if rows is None else value[rows]
+        bad = (real < 0) | (real >= classes)
+        if bool(bad.any()):
+            raise ValueError(f"{name} must be in [0, {classes}), got {int(real[bad][0])}")
+    return value
+
+
+def log_probabilities(name: str, value: torch.Tensor, rows) -> None:
+    """The probabilities of each real row of [..., K] must not exceed 1 by more than 16-bit storage explains."""
+    if readable(value):
+        total = value.float().exp().sum(-1)
+        bad = total > 1.02 if rows is None else (total > 1.02) & rows
+        if bool(bad.any()):
+            raise ValueError(
+                f"{name} must be log-probabilities, whose probabilities sum to at most 1 in every row; got a sum of "
+                f"{float(total[bad][0]):.4g} (logits?)"
+            )
+
+
 def row_temperature(value: torch.Tensor, shape: tuple, like: torch.Tensor, rows) -> torch.Tensor:
     """A temperature per row as contiguous float32 of `shape`; a tensor with one element serves all rows."""
     if value.is_complex() or value.dtype == torch.bool:

@@ -30,6 +30,8 @@ def _module(name: str, function) -> type[nn.Module]:
 
 
 KdLoss = _module("KdLoss", functional.kd_loss)
+LinearKdLoss = _module("LinearKdLoss", functional.linear_kd_loss)
+TopkKdLoss = _module("TopkKdLoss", functional.topk_kd_loss)
 AttentionKl = _module("AttentionKl", functional.attention_kl)
 AttentionMse = _module("AttentionMse", functional.attention_mse)
 AttentionMapKl = _module("AttentionMapKl", functional.attention_map_kl)
@@ -49,6 +51,8 @@ __all__ = [
     "HiddenCosine",
     "HiddenMse",
     "KdLoss",
+    "LinearKdLoss",
     "MomentMse",
     "RelationKl",
+    "TopkKdLoss",
 ]

@@ -14,6 +14,17 @@ from .test_registration import recorded
 
 GOOD = {
     "kd_loss": {"student_logits": torch.randn(4, 6, 11), "teacher_logits": torch.randn(4, 6, 11)},
+    "linear_kd_loss": {
+        "student_hidden": torch.randn(4, 6, 5),
+        "student_weight": torch.randn(11, 5),
+        "teacher_hidden": torch.randn(4, 6, 7),
+        "teacher_weight": torch.randn(11, 7),
+    },
+    "topk_kd_loss": {
+        "student_logits": torch.randn(4, 6, 11),
+        "teacher_values": torch.randn(4, 6, 3).log_softmax(-1),
+        "teacher_indices": torch.rand(4, 6, 11).topk(3).indices,
+    },
     "attention_kl": dict(
         zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(2, 3, 5, d) for d in (4, 4, 8, 8)), strict=True)
     ),
@@ -147,8 +158,52 @@ LAYERS = {
     "another device": ({"teacher": torch.ones(2, 5, 12, device="meta")}, ValueError, "teacher is on meta"),
     "mask of another shape": ({"mask": torch.ones(2, 4)}, ValueError, "mask"),
 }
+# What the losses on logits share.
+LOGITS = {name: row for name, row in KD.items() if not {"student_logits", "teacher_logits"} & set(row[0])}
+LINEAR = {
+    "rows differ": ({"teacher_hidden": torch.randn(4, 5, 7)}, ValueError, r"teacher_hidden.*\[4, 6\].*\[4, 5, 7\]"),
+    "no features": ({"student_hidden": torch.ones(4, 6, 0)}, ValueError, "student_hidden.*features"),
+    "no tensor": ({"teacher_weight": None}, TypeError, "teacher_weight.*NoneType"),
+    "integer hidden": ({"student_hidden": torch.ones(4, 6, 5, dtype=torch.int8)}, ValueError, "student_hidden.*int8"),
+    "weight transposed": ({"student_weight": torch.ones(5, 11)}, ValueError, r"student_weight.*\[V, 5\].*\[5, 11\]"),
+    "weight with one dimension": ({"teacher_weight": torch.ones(11)}, ValueError, r"teacher_weight.*\[V, 7\]"),
+    "no classes": ({"student_weight": torch.ones(0, 5)}, ValueError, "student_weight"),
+    "vocabularies differ": ({"teacher_weight": torch.ones(12, 7)}, ValueError, "teacher_weight.*vocabulary.*11.*12"),
+    "bias too short": ({"student_bias": torch.ones(10)}, ValueError, r"student_bias.*\[11\].*\[10\]"),
+    "bias an integer": ({"teacher_bias": torch.ones(11).long()}, ValueError, "teacher_bias.*int64"),
+    "teacher requires grad": ({"teacher_hidden": grad(4, 6, 7)}, ValueError, "teacher_hidden requires grad"),
+    "teacher's weight requires grad": ({"teacher_weight": grad(11, 7)}, ValueError, "teacher_weight requires grad"),
+    "teacher's bias requires grad": ({"teacher_bias": grad(11)}, ValueError, "teacher_bias requires grad"),
+    "weight elsewhere": ({"student_weight": torch.ones(11, 5, device="meta")}, ValueError, "student_weight is on meta"),
+}
+TOPK = {
+    "rows differ": ({"teacher_values": torch.randn(4, 5, 3)}, ValueError, "teacher_values.*student_logits"),
+    "no values": ({"teacher_values": torch.randn(4, 6, 0)}, ValueError, "teacher_values.*1 <= K <= 11"),
+    "more values than classes": ({"teacher_values": torch.randn(4, 6, 12)}, ValueError, "teacher_values.*K <= 11"),
+    "no classes": ({"student_logits": torch.ones(4, 6, 0)}, ValueError, "student_logits.*classes"),
+    "teacher requires grad": ({"teacher_values": grad(4, 6, 3)}, ValueError, "teacher_values requires grad"),
+    "indices of another shape": (
+        {"teacher_indices": torch.ones(4, 6, 2).long()},
+        ValueError,
+        "teacher_indices.*values",
+    ),
+    "float indices": ({"teacher_indices": torch.ones(4, 6, 3)}, ValueError, "teacher_indices.*float32"),
+    "small indices": ({"teacher_indices": torch.ones(4, 6, 3).short()}, ValueError, "teacher_indices.*int16"),
+    "indices a list": ({"teacher_indices": [1]}, TypeError, "teacher_indices.*list"),
+    "index too large": ({"teacher_indices": torch.full((4, 6, 3), 11)}, ValueError, r"teacher_indices.*\[0, 11\).*11"),
+    "index negative": ({"teacher_indices": torch.full((4, 6, 3), -1)}, ValueError, "teacher_indices.*-1"),
+    "tail": ({"tail": "drop"}, ValueError, "tail.*'renormalize', 'bucket'.*'drop'"),
+    "reverse_kl without tail": ({"kind": "reverse_kl"}, ValueError, 'reverse_kl.*tail="bucket"'),
+    "logits as log-probabilities": (
+        {"tail": "bucket", "teacher_values": torch.ones(4, 6, 3)},
+        ValueError,
+        "teacher_values.*log-probabilities.*8.155",
+    ),
+}
 MISTAKES = {
     "kd_loss": KD,
+    "linear_kd_loss": LOGITS | LINEAR,
+    "topk_kd_loss": LOGITS | TOPK,
     "attention_kl": ATTENTION
     | {
         "T = 0": ({"temperature": 0}, ValueError, "temperature.*> 0"),

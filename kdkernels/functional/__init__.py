@@ -14,7 +14,7 @@ given and what is accepted, and RuntimeError on a second derivative.
 from .attention import attention_kl, attention_mse, relation_kl
 from .attention_map import attention_map_kl, attention_map_mse
 from .hidden import gram_mse, hidden_cosine, hidden_mse, moment_mse
-from .logits import kd_loss
+from .logits import kd_loss, linear_kd_loss, topk_kd_loss
 
 __all__ = [
     "attention_kl",
@@ -25,6 +25,8 @@ __all__ = [
     "hidden_cosine",
     "hidden_mse",
     "kd_loss",
+    "linear_kd_loss",
     "moment_mse",
     "relation_kl",
+    "topk_kd_loss",
 ]

@@ -8,8 +8,10 @@ from .gram_mse import gram_mse
 from .hidden_cosine import hidden_cosine
 from .hidden_mse import hidden_mse
 from .kd_loss import kd_loss
+from .linear_kd_loss import linear_kd_loss
 from .moment_mse import moment_mse
 from .relation_kl import relation_kl
+from .topk_kd_loss import topk_kd_loss
 
 __all__ = [
     "attention_kl",
@@ -20,6 +22,8 @@ __all__ = [
     "hidden_cosine",
     "hidden_mse",
     "kd_loss",
+    "linear_kd_loss",
     "moment_mse",
     "relation_kl",
+    "topk_kd_loss",
 ]

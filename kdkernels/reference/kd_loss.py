@@ -29,23 +29,28 @@ def kd_loss(
     dtype = dtype or arithmetic_dtype(student_logits, teacher_logits)
     student = keep_rows(student_logits.to(dtype), mask)
     teacher = keep_rows(teacher_logits.to(dtype), mask)
-    classes = student.shape[-1]
     row_t = torch.as_tensor(temperature, dtype=dtype, device=student.device)
     if mask is not None and row_t.dim():
         row_t = torch.where(mask.bool(), row_t, 1)
     rows = divergence(student / row_t.unsqueeze(-1), teacher / row_t.unsqueeze(-1), kind, beta)
     if scale_t2:
         rows = rows * row_t**2
+    return with_labels(rows, student, mask, labels, alpha, ignore_index, reduction)
+
+
+def with_labels(rows, student, mask, labels, alpha, ignore_index, reduction):
+    """The soft term's rows and the student's logits [..., V] -> the loss: reduced, and joined by the hard term."""
+    classes = student.shape[-1]
     soft = reduce_rows(rows, mask, reduction, classes)
     if labels is None:
-        return soft.to(_result(dtype))
+        return soft.to(_result(soft.dtype))
 
     counted = labels != ignore_index if mask is None else (labels != ignore_index) & mask.bool()
     target = torch.where(counted, labels, 0)
     rows = F.cross_entropy(student.reshape(-1, classes), target.reshape(-1).long(), reduction="none").view(labels.shape)
     # A class mean would make no sense for one-hot labels: the cross-entropy's "mean" is its mean over labelled rows.
     hard = reduce_rows(rows, counted, "batchmean" if reduction == "mean" else reduction)
-    return (alpha * soft + (1 - alpha) * hard).to(_result(dtype))
+    return (alpha * soft + (1 - alpha) * hard).to(_result(soft.dtype))
 
 
 def _result(dtype: torch.dtype) -> torch.dtype:
