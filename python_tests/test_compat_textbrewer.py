@@ -13,7 +13,7 @@ from kdkernels.compat import textbrewer as ours
 from kdkernels.functional import attention_map_mse, gram_mse
 
 from .case import Call, evaluate
-from .tolerance import SEEDS, errors, excess
+from .tolerance import beside
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,15 +47,7 @@ def make(loss, seed=0, dtype=torch.float32, shape=None, teacher_shape=None, chan
 
 def check(loss, **given):
     """Ours is at least as near to the float64 value of TextBrewer's own function as TextBrewer is."""
-    mine, reference = getattr(ours, loss), getattr(theirs, loss)
-    errors_of_ours, errors_of_theirs = [], []
-    for seed in SEEDS:
-        call = make(loss, seed, **given)
-        truth = evaluate(reference, call.to(torch.float64))
-        assert all(torch.isfinite(x).all() for x in (truth[0], *truth[1])) and truth[0] != 0
-        errors_of_ours.append(errors(mine, call, truth))
-        errors_of_theirs.append(errors(reference, call, truth))
-    assert excess(call, errors_of_ours, errors_of_theirs) == []
+    assert beside(getattr(theirs, loss), getattr(ours, loss), lambda seed: make(loss, seed, **given)) == []
 
 
 def test_names_signatures_and_tables():

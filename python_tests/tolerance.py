@@ -65,10 +65,26 @@ def violations(case: Case, dtypes: tuple | None = None, device: str = "cpu", see
         truth = truth_of(case.op, call)
         ours.append(errors(function, call, truth))
         peers.append(_yardstick(case.op, call, truth))
-    return excess(call, ours, peers)
+    return _excess(call, ours, peers)
 
 
-def excess(call: Call, ours: list[list[Error]], peers: list[list[Error]]) -> list[str]:
+def beside(peer, function, make) -> list[str]:
+    """As `violations`, of `function` beside plain code with the same arguments, whose float64 run is the truth.
+
+    `make(seed)` gives the call. A truth of 0, NaN or infinity would check little and is an error of the test.
+    """
+    ours, peers = [], []
+    for seed in SEEDS:
+        call = make(seed)
+        truth = evaluate(peer, call.to(torch.float64))
+        if not (truth[0].isfinite().all() and truth[0].any() and all(x.isfinite().all() for x in truth[1])):
+            raise AssertionError(f"seed {seed}: the truth is {truth[0]}")
+        ours.append(errors(function, call, truth))
+        peers.append(errors(peer, call, truth))
+    return _excess(call, ours, peers)
+
+
+def _excess(call: Call, ours: list[list[Error]], peers: list[list[Error]]) -> list[str]:
     """One line per output whose worst error over the seeds is more than the peer's allows; `call` tells the dtypes."""
     single = torch.float32 in {x.dtype for x in call.leaves + call.teachers}
     outputs = [("loss", torch.float32), *((f"gradient {i}", leaf.dtype) for i, leaf in enumerate(call.leaves))]
