@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from . import ops
 
@@ -50,7 +51,13 @@ _MISSING_ON_CUDA = {family: _missing(family) for family in ops.FAMILIES}
 
 
 def serves(family: str, device: torch.device) -> bool:
-    """Whether a kernel of ours computes `family` on this device; the reference does everywhere else."""
+    """Whether a kernel of ours computes `family` on this device; the reference does everywhere else.
+
+    So it does inside torch.func's transforms and forward-mode differentiation, which have no rules for the fused ops:
+    torch would raise for grad, and drop tangents without a word.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
     return device.type == "cpu" or (device.type == "cuda" and not _MISSING_ON_CUDA[family])
 
 
@@ -65,4 +72,5 @@ def explain() -> dict[str, dict[str, str]]:
 
     isa = f"C++ {_native.isa()} ({_native.isa_reason()})"
     other = "reference (torch)"
-    return {op: {"cpu": isa, "cuda": on_cuda(op), "float64 and other devices": other} for op in ops.FAMILIES}
+    rest = "float64, other devices, torch.func and forward-mode AD"
+    return {op: {"cpu": isa, "cuda": on_cuda(op), rest: other} for op in ops.FAMILIES}

@@ -4,7 +4,8 @@ Shared by all: inputs float32, bfloat16 or float16 (mixed too), any strides, ari
 inputs run through `kdkernels.reference` and give float64. `mask` is bool or 0/1, 1 = real token, as transformers'
 attention_mask; None = all real. Keys outside the mask are left out before any softmax, rows outside it count nowhere,
 and no real row at all gives loss 0 and gradient 0. A row is one distribution: a row of logits, or one (batch, head,
-query) of an attention map.
+query) of an attention map. Inside torch.func's transforms (grad, vmap, jvp) and forward-mode differentiation, for which
+the kernels have no rules, the reference computes.
 
 reduction: "batchmean" = sum / real rows, "sum", "none" = a value per row, 0 where masked, and for logits "mean" = sum /
 (real rows x classes). Every function raises ValueError or TypeError naming the argument that does not fit, what was

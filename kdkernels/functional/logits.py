@@ -28,7 +28,8 @@ def kd_loss(
         kind: "kl" = KL(teacher || student); "ce" = cross-entropy with soft targets (kl plus the teacher's entropy, the
             same gradient); "reverse_kl" = KL(student || teacher); "jsd" = beta KL(teacher || m) + (1 - beta) KL(student
             || m) with m = beta teacher + (1 - beta) student; "tv" = half the L1 distance.
-        temperature: both logits are divided by it; a number > 0, or a tensor [...] with one per row.
+        temperature: both logits are divided by it; a number > 0, or a tensor [...] with one per row. To
+            torch.compile a number is a constant: schedules pass torch.tensor(T).
         scale_t2: multiply the soft term by T^2, the row's own T, so that its gradient does not shrink as 1/T^2.
         beta: weight of the teacher in "jsd", in [0, 1].
         mask: [...], the rows that count.

@@ -2,7 +2,15 @@
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, grad_in_forward, loss_shape, register_autograd
+from ._common import (
+    LIBRARY,
+    define,
+    forbid_double_backward,
+    grad_in_forward,
+    loss_shape,
+    register_autograd,
+    run_backward,
+)
 
 _INPUTS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask"
 _SAVED = "Tensor grad_q, Tensor grad_k, Tensor stats"
@@ -43,7 +51,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     grads = None, None
     if grad is not None:
-        grads = torch.ops.kdkernels.attention_kl_backward.default(grad, *ctx.saved_tensors, *ctx.scalars)
+        grads = run_backward(torch.ops.kdkernels.attention_kl_backward.default, grad, *ctx.saved_tensors, *ctx.scalars)
     return *grads, *(None,) * 8
 
 

@@ -2,7 +2,16 @@
 
 import torch
 
-from ._common import LIBRARY, ON, REDUCTION, define, forbid_double_backward, grad_in_forward, register_autograd
+from ._common import (
+    LIBRARY,
+    ON,
+    REDUCTION,
+    define,
+    forbid_double_backward,
+    grad_in_forward,
+    register_autograd,
+    run_backward,
+)
 from .attention_kl import saved_tensors
 
 _INPUTS = "Tensor q_s, Tensor k_s, Tensor q_t, Tensor k_t, Tensor? mask"
@@ -40,7 +49,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     grads = None, None
     if grad is not None:
-        grads = torch.ops.kdkernels.attention_mse_backward.default(grad, *ctx.saved_tensors, *ctx.scalars)
+        grads = run_backward(torch.ops.kdkernels.attention_mse_backward.default, grad, *ctx.saved_tensors, *ctx.scalars)
     return *grads, *(None,) * 7
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, loss_shape, register_autograd
+from ._common import LIBRARY, define, forbid_double_backward, loss_shape, register_autograd, run_backward
 
 _SCALARS = "int kind, float temperature, bool scale_t2, float beta, float alpha, int ignore_index, int reduction"
 _INPUTS = "Tensor student, Tensor teacher, Tensor? mask, Tensor? labels, Tensor? row_temperature"
@@ -34,7 +34,7 @@ def _backward(ctx, grad, _):
     grad_student = None
     if grad is not None:
         *tensors, stats = ctx.saved_tensors
-        grad_student = torch.ops.kdkernels.kd_loss_backward.default(grad, *tensors, stats, *ctx.scalars)
+        grad_student = run_backward(torch.ops.kdkernels.kd_loss_backward.default, grad, *tensors, stats, *ctx.scalars)
     return grad_student, *(None,) * 11
 
 

@@ -2,7 +2,15 @@
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, grad_in_forward, loss_shape, register_autograd
+from ._common import (
+    LIBRARY,
+    define,
+    forbid_double_backward,
+    grad_in_forward,
+    loss_shape,
+    register_autograd,
+    run_backward,
+)
 
 _INPUTS = "Tensor student, Tensor teacher, Tensor? mask"
 _SAVED = "Tensor grad_student, Tensor stats"
@@ -36,7 +44,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     grad_student = None
     if grad is not None:
-        grad_student = torch.ops.kdkernels.relation_kl_backward.default(grad, *ctx.saved_tensors, *ctx.scalars)
+        grad_student = run_backward(
+            torch.ops.kdkernels.relation_kl_backward.default, grad, *ctx.saved_tensors, *ctx.scalars
+        )
     return grad_student, *(None,) * 5
 
 

@@ -5,6 +5,7 @@ with p_teacher = 0) is replaced *before* it meets an operation whose result or d
 NaN by a zero mask afterwards would not remove it.
 """
 
+import functools
 import math
 
 import torch
@@ -13,6 +14,19 @@ import torch
 def arithmetic_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """fp64 where any input is fp64, else fp32: what the fused kernels accumulate in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def outside_autocast(function):
+    """For a reference with products of matrices: autocast would round their operands to 16 bits."""
+
+    @functools.wraps(function)
+    def exact(*args, **options):
+        first = next(iter((*args, *options.values())))
+        device = (first[0] if isinstance(first, (list, tuple)) else first).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*args, **options)
+
+    return exact
 
 
 def keep_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

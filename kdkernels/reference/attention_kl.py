@@ -5,9 +5,10 @@ KL(softmax(scale_t q_t k_t^T / T) || softmax(scale_s q_s k_s^T / T)), keys outsi
 
 import torch
 
-from ._common import arithmetic_dtype, divergence, keep_rows, reduce_rows
+from ._common import arithmetic_dtype, divergence, keep_rows, outside_autocast, reduce_rows
 
 
+@outside_autocast
 def scores(q, k, scale, mask):
     """scale * q k^T [B, H, N, N], -inf at keys outside the mask; a batch without a real token keeps finite scores."""
     rows = None if mask is None else mask.bool()[:, None, :]

@@ -8,9 +8,10 @@ token:  mean over pairs of real tokens of (s0 s1^T / D_s - t0 t1^T / D_t)^2
 
 import torch
 
-from ._common import arithmetic_dtype, keep_rows
+from ._common import arithmetic_dtype, keep_rows, outside_autocast
 
 
+@outside_autocast
 def gram_mse(s0, s1, t0, t1, mask=None, *, over="hidden", dtype=None):
     """As `kdkernels.functional.gram_mse`; `dtype` is the arithmetic's (None: fp32, or fp64 where an input is)."""
     s1, t1 = s0 if s1 is None else s1, t0 if t1 is None else t1

@@ -7,11 +7,12 @@ Sources: TinyBERT arXiv 1909.10351, PKD arXiv 1908.09355 (l2), MobileBERT arXiv 
 import torch
 import torch.nn.functional as F
 
-from ._common import arithmetic_dtype, count, keep_rows
+from ._common import arithmetic_dtype, count, keep_rows, outside_autocast
 
 EPS = 1e-12
 
 
+@outside_autocast
 def hidden_mse(student, teacher, mask=None, *, weight=None, bias=None, normalize=None, dtype=None):
     """As `kdkernels.functional.hidden_mse`; `dtype` is the arithmetic's (None: fp32, or fp64 where an input is)."""
     students, teachers = ([x] if torch.is_tensor(x) else list(x) for x in (student, teacher))

@@ -3,10 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from ._common import arithmetic_dtype, keep_rows
+from ._common import arithmetic_dtype, keep_rows, outside_autocast
 from .kd_loss import kd_loss
 
 
+@outside_autocast
 def linear_kd_loss(
     student_hidden,
     student_weight,
