@@ -17,10 +17,10 @@ inline void fma_to(vf& acc, vf a, vf b) { acc += a * b; }
 inline void fma_to(vd& acc, vd a, vd b) { acc += a * b; }
 #endif
 
-// Rows of a tile by the number of vectors across: as many accumulators as the registers allow.
+// Rows of a tile by the number of vectors across: as many accumulators as the registers allow and kRowPad divides into.
 constexpr int tile_rows(int vectors) {
 #if defined(__AVX512F__)
-  return vectors == 1 ? 12 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
+  return vectors <= 2 ? 12 : 6;
 #elif defined(__AVX2__)
   return vectors == 1 ? 12 : vectors == 2 ? 6 : vectors == 3 ? 4 : 3;
 #else
@@ -28,6 +28,7 @@ constexpr int tile_rows(int vectors) {
 #endif
 }
 constexpr int kRowPad = 12;     // a multiple of every tile_rows(), so one padding of M serves all widths
+static_assert(kRowPad % tile_rows(1) == 0 && kRowPad % tile_rows(2) == 0 && kRowPad % tile_rows(3) == 0 && kRowPad % tile_rows(4) == 0);
 constexpr int kPanel = 4 * W;   // columns of B that one tile spans at most; half as many doubles
 
 template <typename T>
