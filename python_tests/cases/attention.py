@@ -21,7 +21,7 @@ _SHAPES = [
     dict(name="d6", why="a head smaller than a vector", tokens=41, d_s=6, d_t=6),
     dict(name="d26", why="TinyBERT's 312 / 12 beside BERT's 64", tokens=70, d_s=26, d_t=64),
     dict(name="d80", why="a head that is no power of two", tokens=65, d_s=80, d_t=12),
-    dict(name="d48", why="three vectors across, and blocks of queries that add up", batch=1, tokens=200, d_s=48, d_t=40),
+    dict(name="d48", why="three vectors across, and blocks that add up", batch=1, tokens=200, d_s=48, d_t=40),
     dict(name="one_head", why="1 batch, 1 head", batch=1, heads=1, tokens=129),
     dict(name="mask_lengths", why="sequences of 1 token and all padding", batch=4, mask=(41, 1, 0, 17)),
     dict(name="mask_holes", why="real keys need not be a prefix", batch=3, tokens=70, mask="holes"),
