@@ -56,3 +56,34 @@ def test_identical_inputs_give_exactly_zero(case, dtype, threads):
 
 def test_identical_reaches_every_op():
     assert {case.op for case in IDENTICAL} == set(OPS)
+
+
+def gradient_of(function, student, *arguments, **options):
+    student = student.detach().requires_grad_()
+    function(student, *arguments, **options).backward(torch.tensor(0.5))
+    return student.grad
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["soft", "labelled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_gradient_of_logits_has_the_bits_of_small_ones(dtype, labelled):
+    """Past 16 MB a gradient is stored in another way; 28001 classes leave lines that two rows share."""
+    student, teacher = (3 * torch.randn(300, 28001)).to(dtype), torch.randn(300, 28001).to(dtype)
+    labels = torch.randint(28001, (300,))
+
+    def of(rows: slice) -> torch.Tensor:
+        hard = {"labels": labels[rows], "alpha": 0.5} if labelled else {}
+        return gradient_of(functional.kd_loss, student[rows], teacher[rows], reduction="sum", **hard)
+
+    large = of(slice(300))
+    assert large.nbytes > 16 << 20
+    for rows in (slice(100), slice(100, 300)):
+        assert torch.equal(large[rows], of(rows))
+
+
+def test_large_gradient_of_hidden_states_has_the_bits_of_small_ones():
+    student, teacher = torch.randn(4, 2600, 413), torch.randn(4, 2600, 413)
+    large = gradient_of(functional.hidden_mse, student, teacher)
+    assert large.nbytes > 16 << 20
+    for half in (slice(2), slice(2, 4)):
+        assert torch.equal(2 * large[half], gradient_of(functional.hidden_mse, student[half], teacher[half]))

@@ -27,7 +27,7 @@ LIBRARIES = sorted(PACKAGE.glob("libkdkernels_*.so"))
 
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".inl", ".cpp", ".cu", ".cuh"})
 KERNELS = [path for path in SOURCES if path.parent.name in {"ops", "core"} or path.suffix in {".inl", ".cu", ".cuh"}]
-KERNELS += [CSRC / "cpu" / name for name in ("kernels.cpp", "vec.h")]
+KERNELS += [CSRC / "cpu" / name for name in ("kernels.cpp", "pair.h", "vec.h")]
 
 STABLE = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
 PLAIN = {"cstdint", "cmath", "cstring", "cfloat", "limits", "type_traits"}

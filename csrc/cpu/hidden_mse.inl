@@ -152,7 +152,7 @@ void hidden_backward(const HiddenMse& op, int64_t item, float* scratch) {
       const float* t = real ? hidden_row(layer.teacher, op.tokens, token, n, row_t) : nullptr;
       for_vectors(n, [&](int64_t i, int64_t lanes) {
         const vf d = real ? (load_up_to(s + i, lanes, 0) - load_up_to(t + i, lanes, 0)) * coef : set1(0.0f);
-        lanes == W ? stream(g + i, d) : store_n(g + i, d, lanes);
+        lanes < W ? store_n(g + i, d, lanes) : op.past_cache ? stream(g + i, d) : store(g + i, d);
       });
       continue;
     }

@@ -19,8 +19,27 @@ inline KdRow kd_row(const KdLoss& op, int64_t row) {
           o * op.teacher.stride_outer + i * op.teacher.stride_inner};
 }
 
-inline const float* kd_chunk(const LogitsView& view, int64_t offset, int64_t first, int64_t n, float* scratch) {
-  return as_floats(view.data, view.dtype, offset + first * view.stride_class, view.stride_class, n, scratch);
+// n logits of a row. As floats they may be a copy in `scratch`; as Bf16 or F16 they are the row itself.
+template <typename T = float>
+inline const T* kd_chunk(const LogitsView& view, int64_t offset, int64_t first, int64_t n, float* scratch) {
+  if constexpr (__is_same(T, float))
+    return as_floats(view.data, view.dtype, offset + first * view.stride_class, view.stride_class, n, scratch);
+  return static_cast<const T*>(view.data) + offset + first;
+}
+
+// Calls f.template operator()<T>() with the type that both rows can be read as: their own where it is one and classes are neighbours.
+template <typename F>
+inline auto with_logit(const KdLoss& op, const F& f) {
+  const bool alike = op.student.dtype == op.teacher.dtype && op.student.stride_class == 1 && op.teacher.stride_class == 1;
+  if (alike && op.student.dtype == DType::kBF16) return f.template operator()<Bf16>();
+  if (alike && op.student.dtype == DType::kF16) return f.template operator()<F16>();
+  return f.template operator()<float>();
+}
+
+// Asks for the pair of the next chunk while this one is computed (512 x 30522 fp32: 5.6 -> 3.5 ms forward).
+template <typename T>
+inline void kd_prefetch(const T* p) {
+  for (unsigned line = 0; line < 2 * W * sizeof(T); line += 64) __builtin_prefetch(reinterpret_cast<const char*>(p + kKdChunk) + line);
 }
 
 // A sum of exponentials relative to a running maximum, and first moments that ride on the same exponentials.
@@ -51,18 +70,17 @@ struct KdSums {
 
 // Adds one chunk to the running sums. kOfTeacher: whose expectation of the difference is wanted (the teacher's for kl and ce, the
 // student's for reverse_kl).
-template <bool kOfTeacher, bool kEntropy, bool kHard>
-inline void kd_accumulate(KdSums& sums, const float* s, const float* t, int64_t n, float log2_scale) {
-  vf max_s = set1(-__builtin_inff()), max_t = max_s;
+template <bool kOfTeacher, bool kEntropy, bool kHard, typename T>
+inline void kd_accumulate(KdSums& sums, const T* s, const T* t, int64_t n, float log2_scale) {
+  const float ninf = -__builtin_inff();
+  vf max_s = set1(ninf), max_t = max_s;
+  const auto raise_max = [&](Pair xs, Pair xt) {
+    max_s = vmax(xs.b, vmax(xs.a, max_s));
+    max_t = vmax(xt.b, vmax(xt.a, max_t));
+  };
   int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    max_s = vmax(load(s + i), max_s);
-    max_t = vmax(load(t + i), max_t);
-  }
-  if (i < n) {
-    max_s = vmax(load_n(s + i, n - i, -__builtin_inff()), max_s);
-    max_t = vmax(load_n(t + i, n - i, -__builtin_inff()), max_t);
-  }
+  for (; i + 2 * W <= n; i += 2 * W) raise_max(load_pair(s + i), load_pair(t + i));
+  if (i < n) raise_max(load_pair_n(s + i, n - i, ninf), load_pair_n(t + i, n - i, ninf));
   const float old_s = finite(sums.s.max), old_t = finite(sums.t.max);
   const float seen_s = max(max_s), seen_t = max(max_t);
   if (seen_s > sums.s.max) sums.s.max = seen_s;
@@ -87,13 +105,16 @@ inline void kd_accumulate(KdSums& sums, const float* s, const float* t, int64_t 
     if (kEntropy) own += weigh(et, dt);
     if (kHard) z_hard += exp2_scaled(ds, log2e);
   };
-  for (i = 0; i + W <= n; i += W) {
-    // The next chunk arrives while this one is computed (512 x 30522: see the commit).
-    __builtin_prefetch(s + i + kKdChunk);
-    __builtin_prefetch(t + i + kKdChunk);
-    add(load(s + i), load(t + i));
+  const auto add_pair = [&](Pair xs, Pair xt) {
+    add(xs.a, xt.a);
+    add(xs.b, xt.b);
+  };
+  for (i = 0; i + 2 * W <= n; i += 2 * W) {
+    kd_prefetch(s + i);
+    kd_prefetch(t + i);
+    add_pair(load_pair(s + i), load_pair(t + i));
   }
-  if (i < n) add(load_n(s + i, n - i, -__builtin_inff()), load_n(t + i, n - i, -__builtin_inff()));
+  if (i < n) add_pair(load_pair_n(s + i, n - i, ninf), load_pair_n(t + i, n - i, ninf));
   sums.s.z += sum(z_s);
   sums.t.z += sum(z_t);
   (kOfTeacher ? sums.t : sums.s).moment += sum(moment);
@@ -144,20 +165,24 @@ inline KdSweep kd_sweep(const KdLoss& op, const float* stats, float temperature)
 
 template <bool kOfTeacher, bool kEntropy, bool kHard>
 inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float log2_scale) {
-  alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk];
-  KdSums sums;
-  for (int64_t c = 0; c < op.classes; c += kKdChunk) {
-    const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk;
-    kd_accumulate<kOfTeacher, kEntropy, kHard>(sums, kd_chunk(row.student, row.offset_s, c, n, buffer_s),
-                                               kd_chunk(row.teacher, row.offset_t, c, n, buffer_t), n, log2_scale);
-  }
-  return sums;
+  return with_logit(op, [&]<typename T>() {
+    alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk];
+    KdSums sums;
+    for (int64_t c = 0; c < op.classes; c += kKdChunk) {
+      const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk;
+      kd_accumulate<kOfTeacher, kEntropy, kHard>(sums, kd_chunk<T>(row.student, row.offset_s, c, n, buffer_s),
+                                                 kd_chunk<T>(row.teacher, row.offset_t, c, n, buffer_t), n, log2_scale);
+    }
+    return sums;
+  });
 }
 
 inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float log2_scale, bool hard) {
-  if (op.kind == kReverseKl) return hard ? kd_sums<false, false, true>(op, row, log2_scale) : kd_sums<false, false, false>(op, row, log2_scale);
-  if (op.kind == kCe) return hard ? kd_sums<true, true, true>(op, row, log2_scale) : kd_sums<true, true, false>(op, row, log2_scale);
-  return hard ? kd_sums<true, false, true>(op, row, log2_scale) : kd_sums<true, false, false>(op, row, log2_scale);
+  switch (op.kind) {
+    case kReverseKl: return hard ? kd_sums<false, false, true>(op, row, log2_scale) : kd_sums<false, false, false>(op, row, log2_scale);
+    case kCe: return hard ? kd_sums<true, true, true>(op, row, log2_scale) : kd_sums<true, true, false>(op, row, log2_scale);
+    default: return hard ? kd_sums<true, false, true>(op, row, log2_scale) : kd_sums<true, false, false>(op, row, log2_scale);
+  }
 }
 
 inline float kd_temperature(const KdLoss& op, int64_t row) { return op.row_temperature ? op.row_temperature[row] : op.temperature; }
@@ -264,50 +289,63 @@ inline void with_gradient_kind(Kind kind, const F& f) {
   }
 }
 
-template <Kind kKind, bool kHard>
-inline void kd_gradient(const KdGradient& from, const float* s, const float* t, float* g, int64_t n) {
+template <Kind kKind, bool kHard, typename T>
+inline void kd_gradient(const KdGradient& from, const T* s, const T* t, T* g, int64_t n, bool past_cache) {
   const KdGradient gradient = from;  // a copy that stores to g cannot change
+  const auto at = [&](Pair xs, Pair xt) { return Pair{gradient.at<kKind, kHard>(xs.a, xt.a), gradient.at<kKind, kHard>(xs.b, xt.b)}; };
   int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    __builtin_prefetch(s + i + kKdChunk);
-    __builtin_prefetch(t + i + kKdChunk);
-    store(g + i, gradient.at<kKind, kHard>(load(s + i), load(t + i)));
+  for (; i + 2 * W <= n; i += 2 * W) {
+    kd_prefetch(s + i);
+    kd_prefetch(t + i);
+    const Pair y = at(load_pair(s + i), load_pair(t + i));
+    past_cache ? stream_pair(g + i, y) : store_pair(g + i, y);
   }
-  if (i < n) store_n(g + i, gradient.at<kKind, kHard>(load_n(s + i, n - i, 0.0f), load_n(t + i, n - i, 0.0f)), n - i);
+  if (i < n) store_pair_n(g + i, at(load_pair_n(s + i, n - i, 0.0f), load_pair_n(t + i, n - i, 0.0f)), n - i);
+}
+
+// The gradient of one row, written as T: its own type, or floats that from_floats takes there.
+template <Kind kKind, bool kHard, typename T>
+inline void kd_gradient_row(const KdLoss& op, const KdRow& row, const KdGradient& gradient, int64_t r, float hard) {
+  alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk], buffer_g[kKdChunk];
+  const bool direct = !__is_same(T, float) || op.student.dtype == DType::kF32;
+  T* const out = static_cast<T*>(op.grad_student) + r * op.classes;
+  // Past the caches go whole lines: the first chunk ends where one begins.
+  const int64_t head = op.past_cache && direct ? -reinterpret_cast<uintptr_t>(out) % 64 / sizeof(T) : 0;
+  for (int64_t c = 0, n; c < op.classes; c += n) {
+    const int64_t most = c == 0 && head > 0 ? head : kKdChunk;
+    n = op.classes - c < most ? op.classes - c : most;
+    T* g = direct ? out + c : reinterpret_cast<T*>(buffer_g);
+    kd_gradient<kKind, kHard>(gradient, kd_chunk<T>(row.student, row.offset_s, c, n, buffer_s),
+                              kd_chunk<T>(row.teacher, row.offset_t, c, n, buffer_t), g, n, op.past_cache && direct);
+    if constexpr (kHard)
+      if (op.labels[r] >= c && op.labels[r] < c + n) g[op.labels[r] - c] -= hard;
+    if constexpr (__is_same(T, float))
+      if (!direct) from_floats(g, n, op.grad_student, op.student.dtype, r * op.classes + c);
+  }
 }
 
 void kd_loss_backward_row(const KdLoss& op, const KdWeights& weights, int64_t r) {
+  if (op.mask && !op.mask[r]) {
+    const int64_t bytes = op.classes * (op.student.dtype == DType::kF32 ? 4 : 2);
+    __builtin_memset(static_cast<char*>(op.grad_student) + r * bytes, 0, bytes);
+    return;
+  }
   const float* stats = op.stats + r * kKdStats;
   const KdRow row = kd_row(op, r);
-  const int64_t out = r * op.classes;
   const float upstream = op.grad_loss[(r / op.inner) * op.grad_stride_outer + (r % op.inner) * op.grad_stride_inner];
-  const bool real = !(op.mask && !op.mask[r]), labelled = real && kd_labelled(op, r);
   const float temperature = kd_temperature(op, r);
   KdSweep sweep = kd_sweep(op, stats, temperature);
   // d(T^2 L)/ds carries T^2 / T; an infinite reverse_kl has no useful direction, its gradient is 0
   const bool flat = kd_flat(op) || (op.kind == kReverseKl && stats[kAux] == __builtin_inff());
   const float coef = flat ? 0 : upstream * weights.soft * (op.scale_t2 ? temperature : 1 / temperature);
-  const float hard_coef = labelled ? upstream * weights.hard * stats[kInvZHard] : 0;
+  const float hard = upstream * weights.hard;
   if (flat) sweep.inv_z_s = set1(0.0f);
-  const KdGradient gradient{sweep, set1(stats[kAux]), set1(coef), set1(hard_coef)};
-
-  alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk], buffer_g[kKdChunk];
-  for (int64_t c = 0; c < op.classes; c += kKdChunk) {
-    const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk;
-    const bool direct = op.student.dtype == DType::kF32;
-    float* g = direct ? static_cast<float*>(op.grad_student) + out + c : buffer_g;
-    if (!real) {
-      for (int64_t i = 0; i < n; ++i) g[i] = 0;
-    } else {
-      const float* s = kd_chunk(row.student, row.offset_s, c, n, buffer_s);
-      const float* t = kd_chunk(row.teacher, row.offset_t, c, n, buffer_t);
-      with_gradient_kind(op.kind, [&]<Kind kKind>() {
-        labelled ? kd_gradient<kKind, true>(gradient, s, t, g, n) : kd_gradient<kKind, false>(gradient, s, t, g, n);
-      });
-      if (labelled && op.labels[r] >= c && op.labels[r] < c + n) g[op.labels[r] - c] -= upstream * weights.hard;
-    }
-    if (!direct) from_floats(g, n, op.grad_student, op.student.dtype, out + c);
-  }
+  const KdGradient gradient{sweep, set1(stats[kAux]), set1(coef), set1(hard * stats[kInvZHard])};
+  with_gradient_kind(op.kind, [&]<Kind kKind>() {
+    // The label's 1 is taken off before rounding, so labelled rows are floats until then.
+    if (kd_labelled(op, r)) return kd_gradient_row<kKind, true, float>(op, row, gradient, r, hard);
+    with_logit(op, [&]<typename T>() { kd_gradient_row<kKind, false, T>(op, row, gradient, r, 0); });
+  });
 }
 
 inline int64_t kd_last(const KdLoss& op, int64_t item) {

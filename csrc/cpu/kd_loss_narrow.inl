@@ -163,5 +163,6 @@ void kd_loss_backward(const KdLoss& op, const KdWeights& weights, int64_t item) 
     for (; r < kd_last(op, item); r += W) kd_loss_backward_lanes(op, weights, kd_lanes(op, r, kd_last(op, item)));
   } else {
     for (; r < kd_last(op, item); ++r) kd_loss_backward_row(op, weights, r);
+    stream_end();
   }
 }

@@ -15,6 +15,7 @@
 namespace kd::cpu::KD_ISA {
 namespace {
 #include "vec.h"
+#include "pair.h"
 #include "kd_loss.inl"
 #include "kd_loss_narrow.inl"
 #include "gemm.inl"

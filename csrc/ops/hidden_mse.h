@@ -31,6 +31,7 @@ struct HiddenMse {
   Normalize normalize;
   double* partial;        // forward: one sum of squares per item
   const float* upstream;  // backward: the upstream gradient
+  bool past_cache;        // backward on the CPU: the gradients are too large to be still in a cache when somebody reads them
 };
 
 // One layer whose student goes through weight [d_t, d_s] and bias [d_t] first.

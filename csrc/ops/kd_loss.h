@@ -47,6 +47,7 @@ struct KdLoss {
   const float* grad_loss;  // backward: the upstream gradient, a scalar or [outer, inner], read with these strides
   int64_t grad_stride_outer, grad_stride_inner;
   void* grad_student;      // backward: contiguous [rows, classes] of the student's dtype
+  bool past_cache;         // backward on the CPU: the gradient is too large to be still in a cache when somebody reads it
 };
 
 }  // namespace kd

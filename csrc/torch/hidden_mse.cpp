@@ -178,16 +178,15 @@ std::vector<Tensor> hidden_mse_backward(const Tensor& grad, std::vector<Tensor> 
   Described d = describe(student, teacher, mask, normalize);
   const float upstream = upstream_of(grad);
   d.op.upstream = &upstream;
-  int64_t item_bytes = 0;
+  int64_t bytes = 0;
   for (size_t l = 0; l < student.size(); ++l) {
     grads.push_back(new_gradient(student[l], student[l].scalar_type()));
     d.layers[l].grad_student = grads[l].mutable_data_ptr();
-    const int64_t features = d.layers[l].features;
-    item_bytes = std::max<int64_t>(item_bytes, cpu::hidden_tokens_per_item(features) * features * grads[l].element_size());
+    bytes += grads[l].numel() * grads[l].element_size();
   }
+  d.op.past_cache = past_cache(bytes);
   const cpu::Table& kernels = table();
-  run_items(
-      d.items, cpu::hidden_scratch(d.op), [&](int64_t item, float* scratch) { kernels.hidden_backward(d.op, item, scratch); }, item_bytes);
+  run_items(d.items, cpu::hidden_scratch(d.op), [&](int64_t item, float* scratch) { kernels.hidden_backward(d.op, item, scratch); });
   return grads;
 }
 

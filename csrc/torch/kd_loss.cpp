@@ -78,10 +78,10 @@ Tensor kd_loss_backward(const Tensor& grad, const Tensor& student, const Tensor&
   const int64_t rows = op.outer * op.inner, per_item = cpu::kd_rows_per_item(op);
   Tensor grad_student = new_tensor(student, {op.outer, op.inner, op.classes}, student.scalar_type());
   op.grad_student = grad_student.mutable_data_ptr();
+  op.past_cache = past_cache(grad_student.numel() * grad_student.element_size());
   const cpu::KdWeights weights = weights_of(op);
   const cpu::Table& kernels = table();
-  run_items((rows + per_item - 1) / per_item, 0, [&](int64_t item, float*) { kernels.kd_loss_backward(op, weights, item); },
-            per_item * op.classes * static_cast<int64_t>(grad_student.element_size()));
+  run_items((rows + per_item - 1) / per_item, 0, [&](int64_t item, float*) { kernels.kd_loss_backward(op, weights, item); });
   return grad_student;
 }
 
