@@ -48,6 +48,11 @@ Described describe(const std::vector<Tensor>& student, const std::vector<Tensor>
   return d;
 }
 
+void run(const Described& d, void (*kernel)(const HiddenMse&, int64_t item, float* scratch)) {
+  constexpr int64_t kTogether = 16;  // items of 64 KiB of float32: 1 MB (12 x 8x256x768 bf16: 3.9 -> 3.5 ms forward and backward)
+  run_items(d.items, cpu::hidden_scratch(d.op), [&](int64_t item, float* scratch) { kernel(d.op, item, scratch); }, kTogether);
+}
+
 HiddenProjection describe_projection(const Tensor& student, const Tensor& teacher, const Tensor& weight, const Tensor* bias,
                                      const std::vector<int64_t>& real, int64_t normalize) {
   HiddenProjection op{};
@@ -154,8 +159,7 @@ std::tuple<Tensor, std::vector<Tensor>> hidden_mse(std::vector<Tensor> student, 
   Described d = describe(student, teacher, mask, normalize);
   std::vector<double> partial(d.items);
   d.op.partial = partial.data();
-  const cpu::Table& kernels = table();
-  run_items(d.items, cpu::hidden_scratch(d.op), [&](int64_t item, float* scratch) { kernels.hidden_forward(d.op, item, scratch); });
+  run(d, table().hidden_forward);
   // One thread adds the blocks up in order: the sum depends on nothing but the values.
   double total = 0;
   for (int64_t item = 0, l = 0; item < d.items; ++item) {
@@ -185,8 +189,7 @@ std::vector<Tensor> hidden_mse_backward(const Tensor& grad, std::vector<Tensor> 
     bytes += grads[l].numel() * grads[l].element_size();
   }
   d.op.past_cache = past_cache(bytes);
-  const cpu::Table& kernels = table();
-  run_items(d.items, cpu::hidden_scratch(d.op), [&](int64_t item, float* scratch) { kernels.hidden_backward(d.op, item, scratch); });
+  run(d, table().hidden_backward);
   return grads;
 }
 
