@@ -44,10 +44,10 @@ struct NothingAhead {
 };
 
 // One tile. A is read at a[m * a_row + k * a_col], B at b[k * ldb + n], C at c[m * ldc + n]. What was in C is added last: the sum over
-// k stays short, which is more accurate than going on from C.
+// k stays short, which is more accurate than going on from C. Never inlined: inside a large kernel GCC keeps accumulators on the stack.
 template <int kMr, int kNv, bool kAdd, typename T, typename Ahead>
-inline void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t first,
-                      const Ahead& ahead) {
+[[gnu::noinline]] void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc,
+                                 int64_t first, const Ahead& ahead) {
   typedef typename Vector<T>::type V;
   constexpr int kLanes = Vector<T>::lanes;
   V acc[kMr][kNv];

@@ -335,10 +335,14 @@ inline void from_floats(const float* x, int64_t n, void* data, DType dtype, int6
 
 // out[first, first + n) = a * x[first, first + n), contiguous.
 void scaled_copy(const float* x, float a, void* out, DType dtype, int64_t first, int64_t n) {
-  float lanes[W];
-  for (int64_t i = first; i < first + n; i += W) {
-    const int64_t left = first + n - i < W ? first + n - i : W;
-    store(lanes, load_n(x + i, left, 0.0f) * a);
-    from_floats(lanes, left, out, dtype, i);
-  }
+  const int64_t end = first + n, whole = first + n / W * W;
+  const auto vectors = [&](const auto& put) {
+    for (int64_t i = first; i < whole; i += W) put(i, load(x + i) * a);
+  };
+  if (dtype == DType::kF32) vectors([out](int64_t i, vf v) { store(static_cast<float*>(out) + i, v); });
+  if (dtype == DType::kBF16) vectors([out](int64_t i, vf v) { store_bf16(static_cast<uint16_t*>(out) + i, v); });
+  if (dtype == DType::kF16) vectors([out](int64_t i, vf v) { store_f16(static_cast<uint16_t*>(out) + i, v); });
+  float rest[W];
+  store(rest, load_n(x + whole, end - whole, 0.0f) * a);
+  from_floats(rest, end - whole, out, dtype, whole);
 }
