@@ -1,4 +1,6 @@
-"""kd_loss on a GPU: the table of cases, and what only a GPU can show (streams, graphs, memory, a second device)."""
+"""What only a GPU can show: of every op streams, CUDA graphs and that the host never waits; of kd_loss, whose CUDA C++
+kernels nothing else runs there, the table of cases, memory and a second device too. The Triton kernels' values are in
+test_triton.py."""
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from kdkernels import functional
 from kdkernels.ops._common import KIND
 
 from . import tolerance
+from .case import OPS, evaluate
 from .cases import of
 
 if not torch.cuda.is_available():
@@ -20,6 +23,14 @@ DTYPES = {
     "bfloat16_student": (torch.bfloat16, torch.float32),
     "float16_teacher": (torch.float32, torch.float16),
 }
+
+
+# Without a mask and with one, which is another way through each op.
+EVERY_OP = [case for op in OPS for case in (of(op)[0], next(case for case in of(op) if case.mask is not None))]
+
+
+def flat(result) -> list[torch.Tensor]:
+    return [result[0], *result[1]]
 
 
 def pair(*shape, dtype=torch.float32, spread=3.0, device="cuda"):
@@ -93,6 +104,58 @@ def test_what_padding_holds_never_matters():
     assert (gradient[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("case", EVERY_OP, ids=lambda case: case.id)
+def test_every_op_replays_in_a_graph(case):
+    """Forward and backward captured together; what the inputs hold at the replay is what counts."""
+    call, function = case.make(device="cuda"), getattr(functional, case.op)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        evaluate(function, call)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = flat(evaluate(function, call))
+    with torch.no_grad():
+        for leaf in call.leaves:
+            leaf.mul_(0.5)
+        if "mask" in call.other:
+            call.other["mask"].logical_not_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, flat(evaluate(function, call)), strict=True))
+
+
+@pytest.mark.parametrize("case", EVERY_OP, ids=lambda case: case.id)
+def test_every_op_on_two_streams(case):
+    """Each stream has work of its own before it, so that kernels queued elsewhere would read what is not there yet."""
+    calls, function = [case.make(seed, device="cuda") for seed in range(2)], getattr(functional, case.op)
+    expected = [flat(evaluate(function, call)) for call in calls]
+    late = [call.map(torch.zeros_like) for call in calls]
+    streams, results = [torch.cuda.Stream() for _ in calls], []
+    for stream, call, empty in zip(streams, calls, late, strict=True):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            torch.cuda._sleep(20_000_000)
+            for x, y in zip(empty.leaves + empty.teachers, call.leaves + call.teachers, strict=True):
+                x.copy_(y)
+        with torch.cuda.stream(stream):
+            results.append(flat(evaluate(function, empty)))
+    torch.cuda.synchronize()
+    for got, true in zip(results, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, true, strict=True))
+
+
+@pytest.mark.parametrize("case", EVERY_OP, ids=lambda case: case.id)
+def test_no_op_waits_for_the_device(case):
+    call, function = case.make(device="cuda"), getattr(functional, case.op)
+    evaluate(function, call)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        evaluate(function, call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_runs_on_the_current_stream():
     student, teacher = pair(64, 30522)
     stream = torch.cuda.Stream()
@@ -104,20 +167,6 @@ def test_runs_on_the_current_stream():
     stream.synchronize()
     expected = loss_and_gradient(student, late)
     assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
-
-
-def test_never_waits_for_the_device():
-    student, teacher = pair(64, 1000)
-    options = {
-        "mask": torch.ones(64, dtype=torch.bool, device="cuda"),
-        "labels": torch.zeros(64, dtype=torch.long, device="cuda"),
-    }
-    loss_and_gradient(student, teacher, **options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss_and_gradient(student, teacher, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("rows", [64, 9000])

@@ -14,6 +14,7 @@ from kdkernels.ops._common import KIND, REDUCTION
 from . import tolerance
 from .cases import of
 from .cuda_host import Host
+from .sparse import far_apart
 
 KINDS, REDUCTIONS = list(KIND), list(REDUCTION)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -160,6 +161,19 @@ def test_layouts(host, dtype):
     for _, view in layouts(dtype):
         check(host, view, plain)
         check(host, plain, view, kind="reverse_kl")
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_offsets_beyond_32_bits(host, dtype, axis):
+    """Rows, or classes, more than 2^32 elements apart, and so the upstream gradient's rows. Where a row begins in
+    memory says in which order its classes are added."""
+    s, t = pair(2, 3, 41, student=dtype, teacher=dtype)
+    grad = torch.linspace(-1, 2, 6).view(2, 3)
+    options = {**extras(2, 3, 41), "reduction": "none", "kind": "jsd"}
+    expected = host.run(s, t, grad, **options)
+    got = host.run(far_apart(s, axis), far_apart(t, axis), far_apart(grad, min(axis, 1)), **options)
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_abi_audit.inspect import inspect_package
 
 import kdkernels
@@ -18,6 +17,7 @@ from kdkernels import _checks, _native
 
 from .case import evaluate
 from .cases import CASES
+from .nosync import NoSync
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -115,7 +115,7 @@ def test_library_links_what_every_machine_has(library):
     assert needed <= {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "ld-linux-x86-64"} | torch_libraries
 
 
-SYNCS = {"item", "tolist", "nonzero", "cpu", "numpy", "synchronize", "is_nonzero"}
+SYNCS = {"item", "tolist", "nonzero", "cpu", "numpy", "synchronize", "is_nonzero", "masked_select", "unique", "equal"}
 
 
 @pytest.mark.parametrize(
@@ -129,18 +129,25 @@ def test_op_files_call_nothing_that_waits_for_the_device(path):
     assert not [call.id for call in calls if isinstance(call, ast.Name) and call.id == "bool"]
 
 
-class NoSync(TorchDispatchMode):
-    """Fails on an operator whose result the host has to wait for: a value read, or a shape that depends on values."""
+CUDA_SOURCES = [path for path in SOURCES if path.parent.name == "cuda" or path.stem.endswith("_cuda")]
+# Waiting, allocating behind torch's back, launching beside torch's current stream: none can be in a CUDA graph.
+UNGRAPHABLE = (
+    r"\bcuda\w*Synchronize\b|\bcudaMemcpy\b|\bcudaMalloc\w*|\bcudaFree\w*|\bcudaStream(?:Legacy|PerThread)\b|<<<"
+)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.is_nonzero,
-            torch.ops.aten.masked_select,
-            torch.ops.aten.equal,
-        ), f"{function} makes the host wait"
-        return function(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize("path", CUDA_SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+def test_cuda_code_can_be_captured(path):
+    assert not re.findall(UNGRAPHABLE, code(path))
+    launches = re.findall(r"\blaunch\((.*?)\);", code(path), flags=re.DOTALL)
+    assert all(re.search(r"\bstream\b", arguments) for arguments in launches)
+
+
+def test_waiting_is_seen():
+    x, index = torch.ones(3), torch.tensor([True, False, True])
+    for wait in (x.sum().item, x.nonzero, lambda: x[index], lambda: x.masked_select(index), lambda: bool(x.any())):
+        with pytest.raises(AssertionError, match="makes the host wait"), NoSync():
+            wait()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

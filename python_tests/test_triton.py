@@ -17,6 +17,8 @@ import torch
 from kdkernels import functional, ops, reference
 from python_tests.case import evaluate
 from python_tests.cases import of
+from python_tests.nosync import NoSync
+from python_tests.test_offsets import stretched
 from python_tests.tolerance import violations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,9 +48,18 @@ def test_interpreted():
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
+def without_sync(implementation):
+    def call(*args):
+        with NoSync():
+            return implementation(*args)
+
+    return call
+
+
 @pytest.fixture(scope="module", autouse=True)
 def triton_on_cpu():
-    """Under the interpreter, the dispatcher's CPU entries of the families become the Triton ones."""
+    """Under the interpreter, the dispatcher's CPU entries of the families become the Triton ones. No operator that
+    these call may make the host wait."""
     if not INTERPRETED:
         yield
         return
@@ -58,7 +69,7 @@ def triton_on_cpu():
     for family in FAMILIES:
         module = importlib.import_module(f"kdkernels.triton.{family}")
         for op in (family, f"{family}_backward"):
-            ops._common.LIBRARY.impl(op, getattr(module, op), "CPU", allow_override=True)
+            ops._common.LIBRARY.impl(op, without_sync(getattr(module, op)), "CPU", allow_override=True)
     multiply = InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, *rest):
@@ -82,6 +93,7 @@ PADDED = by_name(
     "attention_mse-scores_mask_lengths", "relation_kl-mask_lengths", "hidden_mse-layer_norm",
     "hidden_mse-projected_each",
 )  # fmt: skip
+STRETCHED = ("none_holes", "scores_plain", "probs_plain", "layer_norm", "projected_bias")
 HALVES = PADDED + by_name("attention_kl-d80", "hidden_mse-l2")
 
 
@@ -150,6 +162,21 @@ def test_identical_inputs_give_exactly_0(case, dtype):
 
 def detached(value):
     return [x.detach() for x in value] if isinstance(value, list) else value.detach()
+
+
+@here
+@pytest.mark.skipif(not INTERPRETED, reason="memory that is not there is the host's")
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in STRETCHED], ids=lambda case: case.id)
+def test_offsets_beyond_32_bits(case):
+    """The interpreter's integers wrap around as the GPU's do. Every axis in turn spans 2^32 elements."""
+    small = {key: size for key, size in {"batch": 2, "heads": 2, "tokens": 5}.items() if key in case.shape}
+    call = replace(case, shape={**case.shape, **small}).make(0)
+    function = getattr(functional, case.op)
+    loss, gradients = evaluate(function, call)
+    for axis in range(-call.leaves[0].dim(), 0):
+        far_loss, far_gradients = evaluate(function, stretched(call, axis))
+        assert far_loss.equal(loss)
+        assert all(map(torch.equal, far_gradients, gradients))
 
 
 @here

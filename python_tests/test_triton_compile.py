@@ -15,7 +15,8 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402  after the skips
+import triton.language as tl  # noqa: E402  after the skips
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -75,6 +76,36 @@ def resources(kernel, path) -> dict:
     text = subprocess.run(command, capture_output=True, text=True, check=True)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout + text.stderr).groups()
     return {"registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
+
+
+def narrow_products(kernel) -> list[str]:
+    """Lines of the kernel's intermediate code that multiply an argument, a stride or a size, in 32 bits."""
+    origin = {}  # what a value is a widened, reshaped or broadcast copy of
+    found = []
+    for line in kernel.asm["ttir"].splitlines():
+        defined = re.match(r"\s*(%\S+) = (\S+) (.*?) : (.*?)(?: loc|$)", line)
+        if "tt.func" in line:
+            origin |= {name: "argument" for name in re.findall(r"(%\w+): i(?:32|64)", line)}
+        elif defined:
+            name, operation, operands, types = defined.groups()
+            operands = re.findall(r"%[\w#]+", operands)
+            if operation in ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.extsi", "arith.trunci"):
+                origin[name] = origin.get(operands[0])
+            if operation == "arith.muli" and "i64" not in types and "argument" in map(origin.get, operands):
+                found.append(line.strip())
+    return found
+
+
+@triton.jit
+def _narrow(x, stride, out):
+    row = tl.arange(0, 16)
+    tl.store(out + row, tl.load(x + tl.program_id(0) * stride + row))
+
+
+@triton.jit
+def _wide(x, stride, out):
+    row = tl.arange(0, 16)
+    tl.store(out + row, tl.load(x + tl.program_id(0).to(tl.int64) * stride + row))
 
 
 def heads(dtype, d_s, d_t):
@@ -154,6 +185,22 @@ def test_gram_products_run_on_float64_tensor_cores(capability, kernels):
     compiled = kernels(capability, run_attention_mse, torch.float32, "scores")
     for name in ("_gram_kernel", "_gram_backward_kernel"):
         assert all("f64.f64.f64.f64" in kernel.asm["ptx"] for kernel in compiled[name])
+
+
+@pytest.mark.parametrize(
+    ("call", "option"), [(call, option) for call, options in OPTIONS.items() for option in options]
+)
+def test_offsets_have_64_bits(call, option, kernels):
+    """An index times a stride may be past 2^31; test_triton.py shows that it arrives there."""
+    for launches in kernels(90, call, torch.bfloat16, option).values():
+        assert [line for kernel in launches for line in narrow_products(kernel)] == []
+
+
+def test_32_bit_offsets_are_seen(kernels):
+    x = torch.empty(64)
+    for kernel, products in ((_narrow, 1), (_wide, 0)):
+        (compiled,) = kernels(90, lambda kernel=kernel: kernel[(4,)](x, 48, x))[kernel.fn.__name__]
+        assert len(narrow_products(compiled)) == products
 
 
 def test_sums_stay_unfused(kernels):

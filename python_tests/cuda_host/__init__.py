@@ -43,6 +43,7 @@ class KdLoss(ctypes.Structure):
         ("grad_loss", ctypes.c_void_p),
         ("grad_strides", ctypes.c_int64 * 2),
         ("grad_student", ctypes.c_void_p),
+        ("past_cache", ctypes.c_bool),
     ]
 
 
