@@ -122,7 +122,19 @@ inline void kd_accumulate(KdSums& sums, const T* s, const T* t, int64_t n, float
   if (kHard) sums.z_hard += sum(z_hard);
 }
 
-// The second sweep of jsd and tv: adds to `loss` and `aux` what n classes contribute.
+// The mean of f under weights p, lane by lane, kept up as they come. Gradients are p (f - mean): where f is the same wherever there is
+// probability, as in a jsd whose sides do not overlap, the mean is that very number and the gradient exactly 0. A sum of rounded
+// p f, with p that add up to 1 but for rounding, would leave a residue.
+struct LaneMean {
+  vf weight = set1(0.0f), mean = set1(0.0f);
+
+  void add(vf p, vf f) {
+    weight += p;
+    mean = p == 0.0f ? mean : fma(p / weight, f - mean, mean);
+  }
+};
+
+// What jsd and tv need from both normalisers on, for their second sweep and their gradient.
 struct KdSweep {
   vf scale, max_s, max_t, inv_z_s, inv_z_t, log_ratio, inv_t, beta;
 };
@@ -139,21 +151,21 @@ inline LogMixture log_mixture(const KdSweep& k, vf d) {
   return {d > 0.0f ? over_larger + d : over_larger, d > 0.0f ? over_larger : over_larger - d};
 }
 
-inline void jsd_terms(const KdSweep& k, vf xs, vf xt, vf& loss, vf& aux) {
+// Adds to `loss` and `aux` what W classes contribute.
+inline void jsd_terms(const KdSweep& k, vf xs, vf xt, vf& loss, LaneMean& aux) {
   const vf ps = exp2_scaled(xs - k.max_s, k.scale) * k.inv_z_s, pt = exp2_scaled(xt - k.max_t, k.scale) * k.inv_z_t;
   const LogMixture m = log_mixture(k, fma((xt - k.max_t) - (xs - k.max_s), k.inv_t, k.log_ratio));
-  const vf of_s = -weigh(ps, m.over_s);
-  loss += (1.0f - k.beta) * of_s - k.beta * weigh(pt, m.over_t);
-  aux += of_s;
+  loss -= (1.0f - k.beta) * weigh(ps, m.over_s) + k.beta * weigh(pt, m.over_t);
+  aux.add(ps, -m.over_s);
 }
 
 inline vf half_sign(vf x) { return x > 0.0f ? set1(0.5f) : x < 0.0f ? set1(-0.5f) : set1(0.0f); }
 
-inline void tv_terms(const KdSweep& k, vf xs, vf xt, vf& loss, vf& aux) {
+inline void tv_terms(const KdSweep& k, vf xs, vf xt, vf& loss, LaneMean& aux) {
   const vf ps = exp2_scaled(xs - k.max_s, k.scale) * k.inv_z_s, pt = exp2_scaled(xt - k.max_t, k.scale) * k.inv_z_t;
   const vf difference = ps - pt;
   loss += 0.5f * vabs(difference);
-  aux += ps * half_sign(difference);
+  aux.add(ps, half_sign(difference));
 }
 
 inline KdSweep kd_sweep(const KdLoss& op, const float* stats, float temperature) {
@@ -226,22 +238,26 @@ void kd_loss_forward_row(const KdLoss& op, int64_t r) {
     const KdSweep sweep = kd_sweep(op, stats, static_cast<float>(temperature));
     alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk];
     const float ninf = -__builtin_inff();
-    double aux = 0;
+    double aux = 0, weight = 0;
     soft = 0;
     for (int64_t c = 0; c < op.classes; c += kKdChunk) {
       const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk;
       const float* s = kd_chunk(row.student, row.offset_s, c, n, buffer_s);
       const float* t = kd_chunk(row.teacher, row.offset_t, c, n, buffer_t);
-      vf loss = set1(0.0f), chunk_aux = loss;
+      vf loss = set1(0.0f);
+      LaneMean mean;
       for (int64_t i = 0; i < n; i += W) {
         const vf xs = i + W <= n ? load(s + i) : load_n(s + i, n - i, ninf);
         const vf xt = i + W <= n ? load(t + i) : load_n(t + i, n - i, ninf);
-        op.kind == kJsd ? jsd_terms(sweep, xs, xt, loss, chunk_aux) : tv_terms(sweep, xs, xt, loss, chunk_aux);
+        op.kind == kJsd ? jsd_terms(sweep, xs, xt, loss, mean) : tv_terms(sweep, xs, xt, loss, mean);
       }
       soft += sum(loss);
-      aux += sum(chunk_aux);
+      for (int l = 0; l < W; ++l) {
+        aux += static_cast<double>(mean.weight[l]) * mean.mean[l];
+        weight += mean.weight[l];
+      }
     }
-    stats[kAux] = static_cast<float>(aux);
+    stats[kAux] = static_cast<float>(aux / weight);
   }
   stats[kSoftLoss] = static_cast<float>(op.scale_t2 ? soft * temperature * temperature : soft);
   stats[kHardLoss] = 0;

@@ -95,10 +95,12 @@ void kd_loss_forward_lanes(const KdLoss& op, const KdLanes& lanes) {
     soft = moment / z_t * inv_t - lse_gap + (log(z_t) - own / z_t * inv_t);
   } else if (!kd_flat(op)) {
     const KdSweep sweep = kd_lane_sweep(op, temperature, max_s, max_t, 1.0f / z_s, 1.0f / z_t);
+    LaneMean mean;
     for (int64_t c = 0; c < op.classes; ++c) {
       const vf xs = load(s + c * W), xt = load(t + c * W);
-      op.kind == kJsd ? jsd_terms(sweep, xs, xt, soft, aux) : tv_terms(sweep, xs, xt, soft, aux);
+      op.kind == kJsd ? jsd_terms(sweep, xs, xt, soft, mean) : tv_terms(sweep, xs, xt, soft, mean);
     }
+    aux = mean.mean;
   }
   if (op.scale_t2) soft = soft * temperature * temperature;
   // The cross-entropy is log z_hard + max_s - the label's logit.
