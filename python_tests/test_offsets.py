@@ -17,10 +17,14 @@ from .sparse import far_apart
 from .test_guard_pages import ISAS, in_a_process
 
 SMALL = 7000
+# Where terms cancel, rounding is all that a gradient holds.
 STRETCHED = [
     case
     for case in CASES
-    if case.layout == "contiguous" and case.near is None and max(x.numel() for x in case.make().leaves) <= SMALL
+    if case.layout == "contiguous"
+    and case.near is None
+    and case.spread == 1.0
+    and max(x.numel() for x in case.make().leaves) <= SMALL
 ]
 
 
