@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from . import ops
 
 _PACKAGE = Path(__file__).parent
+_CPU_FAMILIES = ("quant_linear",)
 _TRITON_FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "relation_kl")
 
 
@@ -41,6 +42,8 @@ def _has_triton() -> bool:
 
 
 def _missing(family: str) -> str:
+    if family in _CPU_FAMILIES:
+        return "it has kernels for the CPU only"
     if family in _TRITON_FAMILIES:
         return "" if _has_triton() else "triton is not installed"
     return "" if _library("cuda") is not None else "this installation was built without nvcc"

@@ -16,6 +16,7 @@ from kdkernels import _native
 
 from .case import evaluate
 from .cases import CASES
+from .test_quant_linear import SCHEMES, check_scheme, name
 
 DTYPES = {"float32": (torch.float32, torch.float32), "bfloat16": (torch.bfloat16, torch.bfloat16)}
 
@@ -45,3 +46,8 @@ native.KdLossCall("generic", row, numpy.zeros((1, 9), "float32")).forward()
 def test_kernels_stay_inside_their_memory(case, dtypes):
     loss, gradients = evaluate(getattr(kdkernels.functional, case.op), case.make(dtypes=dtypes))
     assert loss.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name)
+def test_quantised_linears_stay_inside_their_memory(scheme):
+    check_scheme(scheme)

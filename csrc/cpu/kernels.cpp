@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../core/gelu_curve.h"
 #include "table.h"
 
 #define KD_STRING_(x) #x
@@ -23,6 +24,10 @@ namespace {
 #include "attention_mse.inl"
 #include "hidden_mse.inl"
 #include "hidden_mse_projection.inl"
+#include "quant_rows.inl"
+#include "quant_unpack.inl"
+#include "quant_gemm.inl"
+#include "quant_linear.inl"
 }  // namespace
 
 const Table table = {
@@ -41,6 +46,11 @@ const Table table = {
     .projection_pack = projection_pack,
     .projection_rows = projection_rows,
     .projection_weight = projection_weight,
+    .quantize_rows = quantize_rows,
+    .quant_linear_scratch = quant_linear_scratch,
+    .quant_linear = quant_linear,
+    .quant_linear_float_scratch = quant_linear_float_scratch,
+    .quant_linear_float = quant_linear_float,
 };
 
 }  // namespace kd::cpu::KD_ISA

@@ -5,6 +5,7 @@
 #include "../ops/attention.h"
 #include "hidden_mse.h"
 #include "kd_loss.h"
+#include "quant_linear.h"
 
 namespace kd::cpu {
 
@@ -37,6 +38,14 @@ struct Table {
   void (*projection_pack)(const HiddenProjection&, int64_t item, float* scratch);
   void (*projection_rows)(const HiddenProjection&, int64_t item, float* scratch);
   void (*projection_weight)(const HiddenProjection&, int64_t item, float* scratch);
+
+  // One item = kQuantizedRows rows of activations (scratch: the weights' depth), then a panel of weights times a block of rows, of these
+  // or, weight-only, of the activations as they are.
+  void (*quantize_rows)(const QuantLinear&, int64_t item, float* scratch);
+  int64_t (*quant_linear_scratch)(const QuantLinear&);
+  void (*quant_linear)(const QuantLinear&, int64_t item, float* scratch);
+  int64_t (*quant_linear_float_scratch)(const QuantLinear&);
+  void (*quant_linear_float)(const QuantLinear&, int64_t item, float* scratch);
 };
 
 namespace generic { extern const Table table; }

@@ -4,6 +4,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -11,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "core/gelu_curve.h"
 #include "cpu/table.h"
 
 namespace py = pybind11;
@@ -153,6 +155,72 @@ class AttentionKlCall {
   Attention op_{};
 };
 
+// Packed weights and rows of activations, quantised once: what is timed is the product with its float32 epilogue.
+class QuantLinearCall {
+ public:
+  QuantLinearCall(const std::string& isa, py::array_t<float, py::array::c_style> x, py::array_t<uint8_t, py::array::c_style> packed,
+                  int activation)
+      : table_(table_of(isa)), x_(std::move(x)) {
+    Packed view;
+    if (const char* wrong = parse_packed(packed.data(), packed.size(), view)) throw std::invalid_argument(wrong);
+    if (x_.ndim() != 2 || x_.shape(1) != view.columns) throw std::invalid_argument("x must be [rows, in features]");
+    if (activation < 0 || activation > 4) throw std::invalid_argument("activation must be 0 to 4, got " + std::to_string(activation));
+    op_.rows = x_.shape(0);
+    const int64_t prepared = cpu::quant_prepared_bytes(view);
+    weight_.reset(aligned<uint8_t>(prepared));
+    cpu::quant_prepare(view, weight_.get());
+    cpu::quant_weights(weight_.get(), prepared, op_.weights);
+    const QuantWeights& w = op_.weights;
+    make_gelu_curve(activation == 3 ? half_tanh : half_erf, curve_);
+    codes_.reset(aligned<uint8_t>(op_.rows * w.depth));
+    scales_.resize(op_.rows);
+    sums_.resize(op_.rows * w.segments);
+    out_ = py::array_t<float>({op_.rows, w.rows});
+    op_.x = {x_.data(), op_.rows, 0, w.columns, 1, DType::kF32};
+    op_.a = codes_.get();
+    op_.a_scale = scales_.data();
+    op_.a_sums = w.zeros ? sums_.data() : nullptr;
+    op_.activation = static_cast<Activation>(activation);
+    op_.curve = curve_;
+    op_.out = out_.mutable_data();
+    scratch_.reset(aligned<float>(std::max(table_.quant_linear_scratch(op_), w.depth)));
+    quantize();
+  }
+
+  void quantize() {
+    py::gil_scoped_release release;
+    for (int64_t item = 0; item * cpu::kQuantizedRows < op_.rows; ++item) table_.quantize_rows(op_, item, scratch_.get());
+  }
+
+  py::array run() {
+    {
+      py::gil_scoped_release release;
+      for (int64_t item = 0; item < cpu::quant_linear_items(op_); ++item) table_.quant_linear(op_, item, scratch_.get());
+    }
+    return out_;
+  }
+
+ private:
+  template <typename T>
+  static T* aligned(int64_t count) {
+    void* memory = std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+    if (!memory) throw std::bad_alloc();
+    return static_cast<T*>(memory);
+  }
+  template <typename T>
+  using Memory = std::unique_ptr<T, decltype(&std::free)>;
+
+  const cpu::Table& table_;
+  py::array_t<float, py::array::c_style> x_;
+  py::array_t<float> out_;
+  Memory<uint8_t> weight_{nullptr, std::free}, codes_{nullptr, std::free};
+  Memory<float> scratch_{nullptr, std::free};
+  std::vector<float> scales_;
+  std::vector<int32_t> sums_;
+  float curve_[kGeluCurveFloats];
+  QuantLinear op_{};
+};
+
 }  // namespace
 
 void add_raw_kernels(py::module_& m) {
@@ -167,6 +235,12 @@ void add_raw_kernels(py::module_& m) {
       .def(py::init<const std::string&, py::array, py::array, py::array, py::array>(), py::arg("isa"), py::arg("q_s"), py::arg("k_s"),
            py::arg("q_t"), py::arg("k_t"))
       .def("run", &AttentionKlCall::run, "(loss, grad_q, grad_k) in one pass; the next call overwrites the gradients.");
+  py::class_<QuantLinearCall>(m, "QuantLinearCall",
+                              "quant_linear of one ISA on one thread: x [rows, in features] float32, a packed weight, no bias.")
+      .def(py::init<const std::string&, py::array_t<float, py::array::c_style>, py::array_t<uint8_t, py::array::c_style>, int>(),
+           py::arg("isa"), py::arg("x"), py::arg("packed"), py::kw_only(), py::arg("activation") = 0)
+      .def("quantize", &QuantLinearCall::quantize, "The activations to 8 bits, again.")
+      .def("run", &QuantLinearCall::run, "The output, which the next call overwrites.");
 }
 
 }  // namespace kd::native

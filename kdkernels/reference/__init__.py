@@ -10,6 +10,7 @@ from .hidden_mse import hidden_mse
 from .kd_loss import kd_loss
 from .linear_kd_loss import linear_kd_loss
 from .moment_mse import moment_mse
+from .quant_linear import quant_linear
 from .relation_kl import relation_kl
 from .topk_kd_loss import topk_kd_loss
 
@@ -24,6 +25,7 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
     "moment_mse",
+    "quant_linear",
     "relation_kl",
     "topk_kd_loss",
 ]

@@ -1,0 +1,38 @@
+// quant_linear: how weights lie for the CPU kernels, how the work is cut into items, and the memory a worker needs.
+#pragma once
+#include <cstdint>
+
+#include "../core/packed.h"
+#include "../ops/quant_linear.h"
+
+namespace kd::cpu {
+
+constexpr int64_t kPanelRows = 64;       // output features of a panel
+constexpr int64_t kDepthAlign = 64;      // columns are padded to it: a tile of AMX
+constexpr int64_t kQuantizedRows = 4;    // rows of activations that one item quantises
+constexpr int64_t kQuantChunk = 256;     // columns whose weights, 16 KB a panel, are unpacked and stay in the first-level cache
+
+// Blocks of rows, one of which an item multiplies with a panel. Unpacking a panel costs as much as multiplying some eight rows with
+// it, so low bits take more rows at a time; their int32 sums then lie in the second-level cache.
+static inline int64_t quant_row_blocks(const QuantLinear& op) {
+  const int64_t most = op.weights.bits == 8 ? 96 : 240;
+  return (op.rows + most - 1) / most;
+}
+
+// Equal blocks of whole tiles: 128 rows are 66 and 62, not 96 and 32.
+static inline int64_t quant_row_block(const QuantLinear& op) {
+  const int64_t blocks = quant_row_blocks(op), even = blocks > 0 ? (op.rows + blocks - 1) / blocks : 0;
+  return (even + 11) / 12 * 12;
+}
+
+// Neighbours share their rows and read neighbouring panels.
+static inline int64_t quant_linear_items(const QuantLinear& op) { return op.weights.panels * quant_row_blocks(op); }
+
+// Weights from the packed format to the layout of `QuantWeights`: one run of bytes with a header, 64-byte aligned sections.
+int64_t quant_prepared_bytes(const Packed& packed);
+void quant_prepare(const Packed& packed, uint8_t* prepared);  // which is 64-byte aligned
+
+// The weights in a prepared run of bytes, or null and what is wrong with it.
+const char* quant_weights(const uint8_t* prepared, int64_t size, QuantWeights& weights);
+
+}  // namespace kd::cpu

@@ -1,0 +1,226 @@
+// quant_linear: y = activation(x W^T + bias) + residual with W of 8 to 2 bits.
+//
+// An item is a panel of 64 output features times a block of rows. With 8-bit activations the sums are int32 and exact; they start from
+// what the +128 of the stored activations adds too much, so taking that off costs nothing. Weights are read, or unpacked, kQuantChunk
+// columns at a time, which stay in the first-level cache while all rows pass. Scales, bias, activation and residual are applied while the
+// sums are in cache; what an encoder fuses behind them (LayerNorm, codes for the next layer) belongs there too, see finish_row.
+
+struct QuantBlock {
+  int64_t panel, first, rows, columns;  // rows of x from `first` on; columns of the output
+};
+
+inline QuantBlock quant_block(const QuantLinear& op, int64_t item) {
+  const int64_t size = quant_row_block(op);
+  const int64_t panel = item % op.weights.panels, first = item / op.weights.panels * size;
+  const int64_t left = op.weights.rows - panel * kPanelRows;
+  return {panel, first, op.rows - first < size ? op.rows - first : size, left < kPanelRows ? left : kPanelRows};
+}
+
+inline vf lookup(const float* table, vi32 index) {
+#if defined(__AVX512F__)
+  return _mm512_permutex2var_ps(_mm512_loadu_ps(table), reinterpret_cast<vi>(index), _mm512_loadu_ps(table + 16));
+#elif defined(__AVX2__)
+  return _mm256_i32gather_ps(table, _mm256_and_si256(reinterpret_cast<vi>(index), _mm256_set1_epi32(kGeluPieces - 1)), 4);
+#else
+  vf out;
+  for (int i = 0; i < W; ++i) out[i] = table[index[i] & (kGeluPieces - 1)];
+  return out;
+#endif
+}
+
+// x * (1/2 + sign(x) T(|x|)), see core/gelu_curve.h. A NaN takes some piece of the table and stays NaN.
+inline vf gelu(vf x, const float* curve) {
+  const vf magic = set1(8388608.0f), last = set1((kGeluPieces - 1) * kGeluStep), per_piece = set1(1 / kGeluStep);  // magic: 2^23
+  vf size = vabs(x);
+  size = last < size ? last : size;
+  const vf rounded = fma(size, per_piece, magic);
+  const vi32 piece = reinterpret_cast<vi32>(rounded);  // in the lowest bits
+  const vf u = fma(size, per_piece, magic - rounded);
+  vf p = lookup(curve + 3 * kGeluPieces, piece);
+  p = fma(p, u, lookup(curve + 2 * kGeluPieces, piece));
+  p = fma(p, u, lookup(curve + kGeluPieces, piece));
+  p = fma(p, u, lookup(curve, piece));
+  const vi32 sign = reinterpret_cast<vi32>(x) & static_cast<int32_t>(0x80000000);
+  return fma(x, reinterpret_cast<vf>(reinterpret_cast<vi32>(p) ^ sign), x * 0.5f);
+}
+
+// e = exp(-2 |x|) - 1 keeps tanh = -e / (2 + e) exact near 0.
+inline vf tanh(vf x) {
+  const vf e = expm1(vabs(x) * -2.0f);
+  const vi32 sign = reinterpret_cast<vi32>(x) & static_cast<int32_t>(0x80000000);
+  return reinterpret_cast<vf>(reinterpret_cast<vi32>(-e / (e + 2.0f)) ^ sign);
+}
+
+template <Activation kActivation>
+inline vf activate(vf x, const float* curve) {
+  switch (kActivation) {
+    case Activation::kNone: return x;
+    case Activation::kRelu: return vmax(set1(0.0f), x);
+    case Activation::kTanh: return tanh(x);
+    default: return gelu(x, curve);
+  }
+}
+
+// 64 sums of a row, times `scale`, to the output. `bias` is readable for 64 floats.
+template <Activation kActivation>
+inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m, const float* sums, float scale, const float* bias) {
+  const int64_t row = block.first + m, at = row * op.weights.rows + block.panel * kPanelRows;
+  alignas(64) float result[kPanelRows], other[kPanelRows];
+  const bool direct = op.x.dtype == DType::kF32 && block.columns == kPanelRows;
+  float* out = direct ? static_cast<float*>(op.out) + at : result;
+  const float* residual = nullptr;
+  if (op.residual.data) {
+    const RowsView& r = op.residual;
+    residual = as_floats(r.data, r.dtype, row_offset(r, row) + block.panel * kPanelRows * r.stride_column, r.stride_column, block.columns,
+                         other);
+    if (block.columns < kPanelRows && residual != other) {
+      for (int64_t n = 0; n < block.columns; ++n) other[n] = residual[n];
+      residual = other;
+    }
+    for (int64_t n = block.columns; n < kPanelRows; ++n) other[n] = 0;
+  }
+  const vf times = set1(scale);
+#pragma GCC unroll 4
+  for (int64_t n = 0; n < kPanelRows; n += W) {
+    vf y = activate<kActivation>(fma(load(sums + n), times, load(bias + n)), op.curve);
+    if (residual) y += load(residual + n);
+    store(out + n, y);
+  }
+  if (!direct) from_floats(result, block.columns, op.out, op.x.dtype, at);
+}
+
+template <Activation kActivation>
+inline void finish_rows(const QuantLinear& op, const QuantBlock& block, const float* sums, const float* scales, const float* bias) {
+  for (int64_t m = 0; m < block.rows; ++m)
+    finish_row<kActivation>(op, block, m, sums + m * kPanelRows, scales ? scales[block.first + m] : 1.0f, bias);
+}
+
+inline void finish(const QuantLinear& op, const QuantBlock& block, const float* sums, const float* scales) {
+  alignas(64) float bias[kPanelRows] = {};
+  if (op.bias) {
+    const float* given = as_floats(op.bias, op.bias_dtype, block.panel * kPanelRows, 1, block.columns, bias);
+    if (given != bias) __builtin_memcpy(bias, given, block.columns * sizeof(float));
+  }
+  switch (op.activation) {
+    case Activation::kNone: return finish_rows<Activation::kNone>(op, block, sums, scales, bias);
+    case Activation::kRelu: return finish_rows<Activation::kRelu>(op, block, sums, scales, bias);
+    case Activation::kTanh: return finish_rows<Activation::kTanh>(op, block, sums, scales, bias);
+    default: return finish_rows<Activation::kGelu>(op, block, sums, scales, bias);
+  }
+}
+
+// int32 sums of a segment to floats, without zeros, times the weights' scales; in place, or added to `total`.
+inline void scale_sums(const QuantLinear& op, const QuantBlock& block, int64_t segment, int32_t* sums, float* total) {
+  const QuantWeights& w = op.weights;
+  const int64_t at = segment * w.panels * kPanelRows + block.panel * kPanelRows;
+  for (int64_t m = 0; m < block.rows; ++m, sums += kPanelRows) {
+    const int32_t times = op.a_sums ? op.a_sums[(block.first + m) * w.segments + segment] : 0;
+    float* out = total ? total + m * kPanelRows : reinterpret_cast<float*>(sums);
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < kPanelRows; n += W) {
+      vi32 sum;
+      __builtin_memcpy(&sum, sums + n, sizeof(sum));
+      if (op.a_sums) {
+        vi32 zeros;
+        __builtin_memcpy(&zeros, w.zeros + at + n, sizeof(zeros));
+        sum -= zeros * times;
+      }
+      const vf scaled = __builtin_convertvector(sum, vf) * load(w.scales + at + n);
+      store(out + n, total && segment > 0 ? load(out + n) + scaled : scaled);
+    }
+  }
+}
+
+// Floats of scratch: sums, their total over segments, and unpacked weights.
+int64_t quant_linear_scratch(const QuantLinear& op) {
+  const int64_t sums = quant_row_block(op) * kPanelRows;
+  return sums * (op.weights.segments > 1 ? 2 : 1) + kQuantChunk * kPanelRows / 4;
+}
+
+void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
+  const QuantWeights& w = op.weights;
+  const QuantBlock block = quant_block(op, item);
+  int8_t* values = reinterpret_cast<int8_t*>(scratch);
+  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kQuantChunk * kPanelRows / 4);
+  float* total = w.segments > 1 ? reinterpret_cast<float*>(sums) + quant_row_block(op) * kPanelRows : nullptr;
+  for (int64_t segment = 0; segment < w.segments; ++segment) {
+    const int32_t* offsets = w.offsets + (segment * w.panels + block.panel) * kPanelRows;
+    for (int64_t m = 0; m < block.rows; ++m)
+      for (int64_t n = 0; n < kPanelRows; ++n) sums[m * kPanelRows + n] = -offsets[n];
+    const int64_t end = segment + 1 == w.segments ? w.depth : (segment + 1) * w.segment;
+    for (int64_t k = segment * w.segment; k < end; k += kQuantChunk) {
+      const int64_t columns = end - k < kQuantChunk ? end - k : kQuantChunk;
+      const int8_t* part = panel_values<kTakesCodes>(w, block.panel, k, columns, values);
+      const uint8_t* ahead = w.codes + ((block.panel * w.depth + k + columns) * kPanelRows) * w.bits / 8;
+      integer_gemm(w, block.panel, k, block.rows, columns, op.a + block.first * w.depth + k, w.depth, part, ahead, sums);
+    }
+    scale_sums(op, block, segment, sums, total);
+  }
+  finish(op, block, total ? total : reinterpret_cast<float*>(sums), op.a_scale);
+}
+
+// Weight-only: the same items with float32 products; weights are unpacked and widened kFloatChunk columns at a time.
+constexpr int64_t kFloatChunk = 128;
+
+inline void panel_floats(const QuantWeights& w, int64_t panel, int64_t segment, int64_t first, int64_t columns, int8_t* bytes, float* out) {
+  const int8_t* values = panel_values<false>(w, panel, first, columns, bytes);
+  const int64_t at = (segment * w.panels + panel) * kPanelRows;
+  for (int64_t k = 0; k < columns; ++k) {
+    const int32_t column_zero = w.zeros ? w.column_zeros[first + k] : 0;
+    const int8_t* from = values + k / 4 * 4 * kPanelRows + k % 4;
+    for (int64_t n = 0; n < kPanelRows; ++n) {
+      const int32_t zero = w.zeros ? w.zeros[at + n] * column_zero : 0;
+      out[k * kPanelRows + n] = static_cast<float>(from[n * 4] - zero) * w.scales[at + n];
+    }
+  }
+}
+
+template <int kMr>
+inline void float_tile(int64_t columns, const float* a, int64_t lda, const float* b, float* sums) {
+  for (int64_t n = 0; n < kPanelRows; n += 2 * W) {
+    vf sum[kMr][2];
+    for (int m = 0; m < kMr; ++m)
+      for (int j = 0; j < 2; ++j) sum[m][j] = load(sums + m * kPanelRows + n + j * W);
+    for (int64_t k = 0; k < columns; ++k) {
+      const vf b0 = load(b + k * kPanelRows + n), b1 = load(b + k * kPanelRows + n + W);
+#pragma GCC unroll 6
+      for (int m = 0; m < kMr; ++m) {
+        const vf row = set1(a[m * lda + k]);
+        fma_to(sum[m][0], row, b0);
+        fma_to(sum[m][1], row, b1);
+      }
+    }
+    for (int m = 0; m < kMr; ++m)
+      for (int j = 0; j < 2; ++j) store(sums + m * kPanelRows + n + j * W, sum[m][j]);
+  }
+}
+
+int64_t quant_linear_float_scratch(const QuantLinear& op) {
+  return quant_row_block(op) * (kPanelRows + kFloatChunk) + kFloatChunk * kPanelRows * 5 / 4;
+}
+
+void quant_linear_float(const QuantLinear& op, int64_t item, float* scratch) {
+  const QuantWeights& w = op.weights;
+  const QuantBlock block = quant_block(op, item);
+  float* sums = scratch;
+  float* x = sums + quant_row_block(op) * kPanelRows;
+  float* weights = x + quant_row_block(op) * kFloatChunk;
+  int8_t* bytes = reinterpret_cast<int8_t*>(weights + kFloatChunk * kPanelRows);
+  for (int64_t i = 0; i < block.rows * kPanelRows; ++i) sums[i] = 0;
+  for (int64_t segment = 0; segment < w.segments; ++segment) {
+    const int64_t end = segment + 1 == w.segments ? w.columns : (segment + 1) * w.segment;
+    for (int64_t k = segment * w.segment; k < end; k += kFloatChunk) {
+      const int64_t columns = end - k < kFloatChunk ? end - k : kFloatChunk;
+      panel_floats(w, block.panel, segment, k, round_up(columns, kCodeRun), bytes, weights);
+      for (int64_t m = 0; m < block.rows; ++m) {
+        float* to = x + m * kFloatChunk;
+        const float* from = activations(op, block.first + m, k, columns, to);
+        if (from != to) __builtin_memcpy(to, from, columns * sizeof(float));
+      }
+      int64_t m = 0;
+      for (; m + 6 <= block.rows; m += 6) float_tile<6>(columns, x + m * kFloatChunk, kFloatChunk, weights, sums + m * kPanelRows);
+      for (; m < block.rows; ++m) float_tile<1>(columns, x + m * kFloatChunk, kFloatChunk, weights, sums + m * kPanelRows);
+    }
+  }
+  finish(op, block, sums, nullptr);
+}

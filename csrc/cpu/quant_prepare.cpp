@@ -1,0 +1,157 @@
+// The packed format, the same for every device, to panels that the CPU kernels read in order. One layout serves every ISA, AMX
+// included: 64 output features by 4 columns make four vectors of VNNI's operand, or a row of AMX's tiles.
+#include <algorithm>
+#include <cstring>
+
+#include "quant_linear.h"
+
+namespace kd::cpu {
+namespace {
+
+constexpr uint32_t kMagic = 0x5051444b, kPreparedVersion = 1;  // "KDQP"; it never leaves the process that made it
+
+struct Header {
+  uint32_t magic, version;
+  int64_t rows, columns, segment;
+  int32_t bits, has_zeros, has_column_scales;
+};
+static_assert(sizeof(Header) <= kPackedAlign);
+
+// The sections behind a header: their pointers into `base`, and their whole size.
+int64_t lay_out(const Header& header, const uint8_t* base, QuantWeights& w) {
+  w = {};
+  w.rows = header.rows;
+  w.columns = header.columns;
+  w.depth = packed_round_up(header.columns, kDepthAlign);
+  w.panels = (header.rows + kPanelRows - 1) / kPanelRows;
+  w.segment = header.segment;
+  w.segments = (header.columns + header.segment - 1) / header.segment;
+  w.bits = header.bits;
+  int64_t at = kPackedAlign;
+  const auto section = [&](int64_t bytes) {
+    const uint8_t* begin = base + at;
+    at += packed_round_up(bytes, kPackedAlign);
+    return begin;
+  };
+  const int64_t padded = w.panels * kPanelRows;
+  w.codes = section(padded * w.depth * w.bits / 8);
+  if (w.bits < 8) w.steps = section(padded * w.depth / kCodeRun);
+  w.scales = reinterpret_cast<const float*>(section(w.segments * padded * 4));
+  w.offsets = reinterpret_cast<const int32_t*>(section(w.segments * padded * 4));
+  if (header.has_zeros) {
+    w.zeros = reinterpret_cast<const int32_t*>(section(w.segments * padded * 4));
+    w.column_zeros = reinterpret_cast<const int8_t*>(section(w.depth));
+  }
+  if (header.has_column_scales) w.column_scales = reinterpret_cast<const float*>(section(w.depth * 4));
+  return at;
+}
+
+// Zeros beside the middle code, which products with the sums of activations take off. Those of two levels go while unpacking.
+bool has_zeros(const Packed& p) { return p.zeros; }
+
+Header header_of(const Packed& p) {
+  const bool by_block = p.group == Group::kBlock && p.bits == 8;
+  const int64_t all = packed_round_up(p.columns, kCodeRun);
+  return {kMagic,    kPreparedVersion, p.rows, p.columns, by_block ? std::min(p.group_size, all) : all, p.bits, has_zeros(p),
+          p.group == Group::kIn};
+}
+
+float scale_at(const Packed& p, int64_t i) {
+  float scale;
+  std::memcpy(&scale, p.scales + i * 4, 4);
+  return scale;
+}
+
+// Which scale of `p` a weight has.
+int64_t scale_index(const Packed& p, int64_t row, int64_t column) {
+  switch (p.group) {
+    case Group::kChannel: return row;
+    case Group::kOut: return row / p.group_size;
+    case Group::kIn: return column / p.group_size;
+    case Group::kBlock: return p.two_level() ? row : row * p.groups() + column / p.group_size;
+  }
+  return 0;
+}
+
+// The steps' byte of a row's run of 32 columns; without two levels, what takes the middle code off.
+uint8_t step_of(const Packed& p, int64_t row, int64_t run) {
+  if (p.two_level()) return p.steps[row * p.groups() + run * kCodeRun / p.group_size];
+  return static_cast<uint8_t>(1 | 1 << 7);
+}
+
+// Puts the 32 codes of a row into the vectors of its panel's 16 rows: vector j has columns 4 * j to 4 * j + 3 (see quant_unpack.inl).
+void place_low(int bits, const uint8_t* codes, int64_t lane, uint8_t* vectors) {
+  for (int64_t k = 0; k < kCodeRun; ++k) {
+    const int64_t vector = k / 4, byte = lane * 4 + k % 4;
+    if (bits == 4) {
+      vectors[vector % 4 * 64 + byte] |= static_cast<uint8_t>(codes[k] << (vector / 4 * 4));
+    } else {
+      vectors[vector % 2 * 64 + byte] |= static_cast<uint8_t>((codes[k] & 3) << (vector / 2 * 2));
+      if (bits == 3) vectors[128 + byte] |= static_cast<uint8_t>((codes[k] >> 2) << vector);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t quant_prepared_bytes(const Packed& packed) {
+  QuantWeights w;
+  return lay_out(header_of(packed), nullptr, w);
+}
+
+void quant_prepare(const Packed& p, uint8_t* prepared) {
+  const Header header = header_of(p);
+  QuantWeights w;
+  std::memset(prepared, 0, lay_out(header, prepared, w));
+  std::memcpy(prepared, &header, sizeof(header));
+  uint8_t* codes = const_cast<uint8_t*>(w.codes);
+  uint8_t* steps = const_cast<uint8_t*>(w.steps);
+  float* scales = const_cast<float*>(w.scales);
+  int32_t* offsets = const_cast<int32_t*>(w.offsets);
+  int32_t* zeros = const_cast<int32_t*>(w.zeros);
+  const int64_t padded = w.panels * kPanelRows, middle = 1 << (p.bits - 1);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const int64_t panel = row / kPanelRows, lane = row % kPanelRows;
+    for (int64_t segment = 0; segment < w.segments; ++segment) {
+      const int64_t scale = scale_index(p, row, segment * w.segment), at = segment * padded + row;
+      scales[at] = p.group == Group::kIn ? 1 : scale_at(p, scale);
+      if (zeros) zeros[at] = p.group == Group::kIn ? 1 : p.zeros[scale] - static_cast<int32_t>(middle);
+    }
+    for (int64_t run = 0; run * kCodeRun < p.columns; ++run) {
+      const uint8_t step = p.bits == 8 ? 0 : step_of(p, row, run);
+      const int times = p.bits == 8 ? 1 : step & ((1 << (8 - p.bits)) - 1);
+      const int offset = p.bits == 8 ? 128 : times * ((step >> (8 - p.bits)) + static_cast<int>(middle)) >> 1;
+      uint8_t run_codes[kCodeRun];
+      int32_t sum = 0;
+      for (int64_t i = 0; i < kCodeRun; ++i) {
+        const int64_t column = run * kCodeRun + i;
+        run_codes[i] = static_cast<uint8_t>(column < p.columns ? code_at(p, row, column) : middle);
+        sum += times * run_codes[i] - offset;
+      }
+      offsets[run * kCodeRun / w.segment * padded + row] += 128 * sum;
+      if (p.bits == 8) {
+        uint8_t* to = codes + (panel * w.depth + run * kCodeRun) * kPanelRows;
+        for (int64_t i = 0; i < kCodeRun; ++i) to[i / 4 * kPanelRows * 4 + lane * 4 + i % 4] = static_cast<uint8_t>(run_codes[i] - 128);
+      } else {
+        const int64_t at = panel * (w.depth / kCodeRun) + run;
+        place_low(p.bits, run_codes, lane % 16, codes + (at * 4 + lane / 16) * p.bits * 64);
+        steps[at * kPanelRows + lane] = step;
+      }
+    }
+  }
+  for (int64_t column = 0; column < p.columns; ++column) {
+    const bool in = p.group == Group::kIn;
+    if (w.column_scales) const_cast<float*>(w.column_scales)[column] = scale_at(p, column / p.group_size);
+    if (zeros) const_cast<int8_t*>(w.column_zeros)[column] = static_cast<int8_t>(in ? p.zeros[column / p.group_size] - middle : 1);
+  }
+}
+
+const char* quant_weights(const uint8_t* prepared, int64_t size, QuantWeights& weights) {
+  Header header;
+  if (size < kPackedAlign) return "weight must come from quant_prepare";
+  std::memcpy(&header, prepared, sizeof(header));
+  if (header.magic != kMagic || header.version != kPreparedVersion) return "weight must come from quant_prepare";
+  return lay_out(header, prepared, weights) == size ? nullptr : "weight has not the size that quant_prepare gave it";
+}
+
+}  // namespace kd::cpu

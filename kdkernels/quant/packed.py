@@ -1,0 +1,218 @@
+"""`PackedWeight`: a quantised weight as one run of bytes; csrc/core/packed.h describes the format byte by byte."""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .scheme import BITS, GROUPS, RUN, Scheme
+
+MAGIC, VERSION = b"KDQW", 1
+_HEADER = struct.Struct("<4sHBBBBHIqqq24x")
+_CHECKSUM = slice(12, 16)
+_ALIGN = 64
+MAX_COLUMNS = 65536
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The numbers of a packed weight, each as the scheme shares them; `expand` gives them the weight's shape."""
+
+    codes: torch.Tensor  # uint8 [rows, columns]
+    scales: torch.Tensor  # float32, flat
+    zeros: torch.Tensor | None  # uint8, flat; None: the middle code, or in `steps`
+    steps: torch.Tensor | None  # uint8 [rows, blocks]: step | z << (8 - bits)
+
+
+class PackedWeight:
+    """A weight [out features, in features] in 8 to 2 bits.
+
+    It holds one uint8 tensor, `blob`, the same on every device, and beside it the same weight as the kernels of the
+    blob's device read it, laid out once, here. Immutable: threads may share it.
+
+    Args:
+        blob: a flat uint8 tensor as `pack` made it, for instance out of a safetensors file.
+
+    Raises: TypeError or ValueError if the blob is not a packed weight, is of another version, cut off, or damaged.
+    """
+
+    def __init__(self, blob: torch.Tensor):
+        self.scheme, self.shape = _read_header(blob)
+        self.blob = blob.detach().contiguous()
+        self.prepared = torch.ops.kdkernels.quant_prepare(self.blob) if blob.device.type == "cpu" else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blob: what it takes on disk."""
+        return self.blob.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.blob.device
+
+    def to(self, device) -> "PackedWeight":
+        """The same weight on another device."""
+        return self if torch.device(device) == self.device else PackedWeight(self.blob.to(device))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight that the codes stand for, [out features, in features]."""
+        values, scales = self.factors
+        return (values.to(torch.float64) * scales).to(dtype)
+
+    @cached_property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight / scale as int32, scale as float32), both with the weight's shape or broadcast to it."""
+        parts = unpack_blob(self.blob, self.scheme, self.shape)
+        scheme, (rows, columns) = self.scheme, self.shape
+        codes, middle = parts.codes.to(torch.int32), 1 << (scheme.bits - 1)
+        scales = spread(parts.scales, scheme, rows, columns)
+        if parts.steps is not None:
+            both = parts.steps.to(torch.int32).repeat_interleave(scheme.group_size, 1)[:, :columns]
+            step, z = both & ((1 << (8 - scheme.bits)) - 1), both >> (8 - scheme.bits)
+            return step * codes - (step * (z + middle) >> 1), scales
+        if parts.zeros is not None:
+            return codes - spread(parts.zeros.to(torch.int32), scheme, rows, columns), scales
+        return codes - middle, scales
+
+    def __getstate__(self):
+        return self.blob
+
+    def __setstate__(self, blob):
+        self.__init__(blob)
+
+    def __repr__(self) -> str:
+        return f"PackedWeight(shape={tuple(self.shape)}, {self.scheme}, {self.nbytes} bytes, {self.device})"
+
+
+def spread(values: torch.Tensor, scheme: Scheme, rows: int, columns: int) -> torch.Tensor:
+    """A value per group to [rows, columns], or what broadcasts to it."""
+    if scheme.group == "in":
+        return values.repeat_interleave(scheme.group_size)[:columns]
+    if scheme.group == "out":
+        return values.repeat_interleave(scheme.group_size)[:rows, None]
+    if scheme.group == "block" and not scheme.two_level:
+        return values.view(rows, -1).repeat_interleave(scheme.group_size, 1)[:, :columns]
+    return values[:, None]
+
+
+def num_scales(scheme: Scheme, rows: int, columns: int) -> int:
+    if scheme.group == "out":
+        return -(-rows // scheme.group_size)
+    if scheme.group == "in":
+        return -(-columns // scheme.group_size)
+    return rows * (-(-columns // scheme.group_size) if scheme.group == "block" and not scheme.two_level else 1)
+
+
+def _sections(scheme: Scheme, rows: int, columns: int) -> dict[str, int]:
+    """Bytes of each section, in order."""
+    scales = num_scales(scheme, rows, columns)
+    sizes = {"codes": rows * -(-columns // RUN) * 4 * scheme.bits, "scales": 4 * scales}
+    if scheme.two_level:
+        sizes["steps"] = rows * -(-columns // scheme.group_size)
+    elif not scheme.symmetric:
+        sizes["zeros"] = scales
+    return sizes
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def pack_blob(scheme: Scheme, parts: Parts) -> torch.Tensor:
+    """Header and sections as one uint8 tensor."""
+    rows, columns = parts.codes.shape
+    header = _HEADER.pack(
+        MAGIC, VERSION, scheme.bits, GROUPS.index(scheme.group), scheme.symmetric, scheme.activation_bits or 0, 0, 0,
+        rows, columns, scheme.group_size or 1,
+    )  # fmt: skip
+    sizes = _sections(scheme, rows, columns)
+    blob = torch.zeros(_ALIGN + sum(map(_padded, sizes.values())), dtype=torch.uint8)
+    blob[:_ALIGN] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    at = _ALIGN
+    for name, size in sizes.items():
+        data = _pack_codes(parts.codes, scheme.bits) if name == "codes" else getattr(parts, name)
+        blob[at : at + size] = data.contiguous().cpu().view(torch.uint8).flatten()
+        at += _padded(size)
+    blob[_CHECKSUM] = torch.frombuffer(bytearray(struct.pack("<I", _checksum(blob))), dtype=torch.uint8)
+    return blob
+
+
+def unpack_blob(blob: torch.Tensor, scheme: Scheme, shape: torch.Size) -> Parts:
+    rows, columns = shape
+    at, found = _ALIGN, {"zeros": None, "steps": None}
+    for name, size in _sections(scheme, rows, columns).items():
+        found[name] = blob[at : at + size]
+        at += _padded(size)
+    found["codes"] = _unpack_codes(found["codes"].view(rows, -1), scheme.bits)[:, :columns]
+    found["scales"] = found["scales"].clone().view(torch.float32)  # a copy is aligned
+    if scheme.two_level:
+        found["steps"] = found["steps"].view(rows, -1)
+    return Parts(**found)
+
+
+def _pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    rows, columns = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -columns % RUN)).view(rows, -1, RUN)
+    if bits == 8:
+        return padded
+    fields = padded if bits != 3 else padded & 3
+    packed = _fold(fields, 4 if bits == 4 else 2)
+    return packed if bits != 3 else torch.cat([packed, _fold(padded >> 2, 1)], -1)
+
+
+def _fold(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """[..., 32] of small codes -> [..., 4 * bits] bytes: byte i has code i lowest, then code i + 4 * bits."""
+    parts = codes.unflatten(-1, (8 // bits, 4 * bits)).unbind(-2)
+    packed = parts[0].clone()
+    for place, part in enumerate(parts[1:], 1):
+        packed |= part << (place * bits)
+    return packed
+
+
+def _unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    runs = packed.unflatten(-1, (-1, 4 * bits))
+    if bits == 8:
+        codes = runs
+    elif bits == 3:
+        codes = _unfold(runs[..., :8], 2) | _unfold(runs[..., 8:], 1) << 2
+    else:
+        codes = _unfold(runs, bits)
+    return codes.flatten(-2)
+
+
+def _unfold(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    return torch.cat([packed >> (place * bits) & ((1 << bits) - 1) for place in range(8 // bits)], -1)
+
+
+def _checksum(blob: torch.Tensor) -> int:
+    data = memoryview(blob.cpu().contiguous().numpy())
+    return zlib.crc32(data[16:], zlib.crc32(b"\0\0\0\0", zlib.crc32(data[:12])))
+
+
+def _read_header(blob: torch.Tensor) -> tuple[Scheme, torch.Size]:
+    if not isinstance(blob, torch.Tensor):
+        raise TypeError(f"blob must be a tensor, got {type(blob).__name__}")
+    if blob.dtype != torch.uint8 or blob.dim() != 1:
+        raise ValueError(f"blob must be a flat uint8 tensor, got {blob.dtype} of shape {list(blob.shape)}")
+    raw = bytes(blob[:_ALIGN].tolist())
+    if len(raw) < _ALIGN or raw[:4] != MAGIC:
+        raise ValueError(f"blob is not a packed weight: it begins with {raw[:4]!r} and not with {MAGIC!r}")
+    _, version, bits, group, symmetric, activation_bits, _, checksum, rows, columns, size = _HEADER.unpack(raw)
+    if version != VERSION:
+        raise ValueError(f"blob is of version {version} of the packed format; this kdkernels reads version {VERSION}")
+    known = bits in BITS and group < len(GROUPS) and symmetric <= 1 and activation_bits in (0, 8)
+    if not known or rows < 1 or not 1 <= columns <= MAX_COLUMNS or size < 1:
+        raise ValueError("blob is damaged: its header names no scheme and shape that exist")
+    group_size = None if GROUPS[group] == "channel" else size
+    try:
+        scheme = Scheme(bits, GROUPS[group], group_size, bool(symmetric), activation_bits or None)
+    except ValueError as error:
+        raise ValueError(f"blob is damaged: {error}") from None
+    expected = _ALIGN + sum(map(_padded, _sections(scheme, rows, columns).values()))
+    if blob.numel() != expected:
+        raise ValueError(f"blob is cut off or damaged: its header says {expected} bytes, it has {blob.numel()}")
+    if _checksum(blob) != checksum:
+        raise ValueError("blob is damaged: its checksum does not match")
+    return scheme, torch.Size((rows, columns))
