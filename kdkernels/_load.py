@@ -75,5 +75,5 @@ def explain() -> dict[str, dict[str, str]]:
 
     isa = f"C++ {_native.isa()} ({_native.isa_reason()})"
     other = "reference (torch)"
-    rest = "float64, other devices, torch.func and forward-mode AD"
+    rest = "float64, torch.func, other devices"
     return {op: {"cpu": isa, "cuda": on_cuda(op), rest: other} for op in ops.FAMILIES}

@@ -44,21 +44,35 @@ def test_wheel_holds_the_package_and_names_its_python(wheel):
     assert {name.split("/")[0] for name in names} == {"kdkernels", f"kdkernels-{kdkernels.__version__}.dist-info"}
 
 
-def test_wheel_runs_in_an_empty_environment(wheel, tmp_path):
-    """Empty but for torch and what else the package requires, which it sees where they lie."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """The wheel installed as `pip install .` ends: into a virtual environment that is empty but for torch and what else
+    the package requires, which it sees where they lie."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
     (site / "requirements.pth").write_text(str(Path(torch.__file__).parent.parent))
-    zipfile.ZipFile(wheel).extractall(site)
-    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--python", folder / "bin" / "python"]
+    # Not what is lying beside torch: that may be an editable install of this very package.
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel], check=True, timeout=100)
+    return folder
+
+
+def test_the_installed_package_computes(environment, tmp_path):
     printed = subprocess.run(
-        [python, "-c", USE_THE_WHEEL], check=True, capture_output=True, text=True, cwd=tmp_path
+        [environment / "bin" / "python", "-c", USE_THE_WHEEL], check=True, capture_output=True, text=True, cwd=tmp_path
     ).stdout
     file, loss, gradient = json.loads(printed.splitlines()[-1])
-    assert Path(file).is_relative_to(tmp_path)
+    assert Path(file).is_relative_to(environment)
     probability = 1 / (1 + np.e)
     assert loss == pytest.approx(1 - 2 * probability, rel=1e-6)  # KL of (1 - p, p) to (p, 1 - p) at a log ratio of 1
     assert gradient == [pytest.approx([2 * probability - 1, 1 - 2 * probability], rel=1e-6)]
+
+
+def test_the_installed_command_works(environment, tmp_path):
+    done = subprocess.run([environment / "bin" / "kdkernels", "doctor"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"C++ {_native.isa()}" in done.stdout
 
 
 def test_build_facts():

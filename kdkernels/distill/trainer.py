@@ -68,6 +68,9 @@ class DistillTrainer(Trainer):
     accelerate.
 
     train_dataset defaults to stage.data. Raises DistillError when student and teacher do not share a vocabulary.
+
+    FSDP of single layers works where each layer's output reaches a loss: that is when torch gathers it for backward.
+    MiniLM's last layer gives its q, k and v alone; there the module has to be sharded whole.
     """
 
     def __init__(self, student: PreTrainedModel, stage: Stage, args: TrainingArguments | None = None, **kwargs):
