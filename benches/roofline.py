@@ -78,6 +78,11 @@ def _kd_loss(call: Call) -> Work:
     return Work(_traffic(call), 0)
 
 
+def _topk_kd_loss(call: Call) -> Work:
+    indices = call.other["teacher_indices"]
+    return Work(_traffic(call) + indices.numel() * indices.element_size(), 0)
+
+
 def _attention_maps(call: Call) -> Work:
     """Both maps once (2 d_s + 2 d_t operations an entry) and the products of the gradients of q and k (4 d_s)."""
     batch, heads, tokens, d_s = call.student["q_s"].shape
@@ -126,6 +131,7 @@ def _tinybert_step(call: Call) -> Work:
 
 _WORK = {
     "kd_loss": _kd_loss,
+    "topk_kd_loss": _topk_kd_loss,
     "attention_kl": _attention_maps,
     "attention_mse": _attention_mse,
     "relation_kl": _relation_kl,

@@ -176,12 +176,14 @@ def _truth(op: str, call: Call):
     averaged."""
     batch = call.leaves[0].shape[0]
     parts = math.gcd(batch, PARTS)
-    if parts == 1 or "mask" in call.other or "weight" in call.student or sum(x.numel() for x in call.leaves) < LARGE:
+    weighted = any("weight" in name for name in call.student)
+    if parts == 1 or "mask" in call.other or weighted or sum(x.numel() for x in call.leaves) < LARGE:
         return tolerance.truth_of(op, call)
     losses, gradients = [], []
     for part in range(parts):
         rows = slice(part * batch // parts, (part + 1) * batch // parts)
-        loss, grads = tolerance.truth_of(op, call.map(lambda x, rows=rows: x[rows]))
+        other = {name: x[rows] if torch.is_tensor(x) else x for name, x in call.other.items()}
+        loss, grads = tolerance.truth_of(op, call.map(lambda x, rows=rows: x[rows]).with_options(**other))
         losses.append(loss / parts)
         gradients.append([g / parts for g in grads])
     return sum(losses), [torch.cat(pieces) for pieces in zip(*gradients, strict=True)]

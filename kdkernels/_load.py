@@ -14,7 +14,8 @@ from . import ops
 
 _PACKAGE = Path(__file__).parent
 _CPU_FAMILIES = ("quant_linear",)
-_TRITON_FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "relation_kl")
+_TRITON_FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "relation_kl", "topk_kd_loss")
+_ON_KD_LOSS = ("topk_kd_loss",)  # which call kd_loss, on CUDA its CUDA C++
 
 
 def _library(name: str) -> Path | None:
@@ -44,9 +45,10 @@ def _has_triton() -> bool:
 def _missing(family: str) -> str:
     if family in _CPU_FAMILIES:
         return "it has kernels for the CPU only"
-    if family in _TRITON_FAMILIES:
-        return "" if _has_triton() else "triton is not installed"
-    return "" if _library("cuda") is not None else "this installation was built without nvcc"
+    if family in _TRITON_FAMILIES and not _has_triton():
+        return "triton is not installed"
+    needs_library = family not in _TRITON_FAMILIES or family in _ON_KD_LOSS
+    return "this installation was built without nvcc" if needs_library and _library("cuda") is None else ""
 
 
 # Why no kernel of ours serves a family on CUDA tensors; empty where one does. Nothing of it changes while Python runs.

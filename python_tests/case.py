@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-OPS = ("kd_loss", "attention_kl", "attention_mse", "relation_kl", "hidden_mse")
+OPS = ("kd_loss", "topk_kd_loss", "attention_kl", "attention_mse", "relation_kl", "hidden_mse")
 FLOAT32 = (torch.float32, torch.float32)
 
 
@@ -177,6 +177,20 @@ def _kd_loss(generator, case):
     return {"student_logits": student}, {"teacher_logits": teacher}, other
 
 
+def _topk_kd_loss(generator, case):
+    """The K largest logits of a teacher, as logits or as log-probabilities at the call's temperature; K = V keeps the
+    classes' order."""
+    student, teacher, other = _kd_loss(generator, case)
+    teacher = teacher["teacher_logits"]
+    named, classes = case.shape["named"], case.shape["classes"]
+    if case.options.get("tail") == "bucket":
+        temperature = torch.as_tensor(other.get("temperature", case.options.get("temperature", 1.0)))
+        teacher = (teacher / temperature.unsqueeze(-1)).log_softmax(-1)
+    indices = teacher.topk(named).indices if named < classes else torch.arange(classes).expand(teacher.shape).clone()
+    other["teacher_indices"] = indices.to(case.shape["indices"])
+    return student, {"teacher_values": teacher.gather(-1, indices)}, other
+
+
 def _attention(generator, case):
     batch, heads, tokens, d_s, d_t = (case.shape[key] for key in ("batch", "heads", "tokens", "d_s", "d_t"))
     q_s, q_t = _pair(generator, case, (batch, heads, tokens, d_s), (batch, heads, tokens, d_t))
@@ -230,6 +244,7 @@ def _tinybert_step(generator, case):
 
 _MAKERS = {
     "kd_loss": _kd_loss,
+    "topk_kd_loss": _topk_kd_loss,
     "attention_kl": _attention,
     "attention_mse": _attention,
     "relation_kl": _relation,

@@ -16,6 +16,8 @@ IDENTICAL = [
     and case.layout != "expanded"
     and case.options.get("kind") != "ce"
     and case.options.get("scale_s") is None
+    and case.shape.get("named") in (None, case.shape.get("classes"))
+    and case.options.get("tail") != "bucket"
 ]
 ids = {"ids": lambda case: case.id}
 

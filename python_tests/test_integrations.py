@@ -294,14 +294,13 @@ def test_explain_names_what_the_reference_serves():
 @pytest.mark.parametrize("op", OPS)
 def test_modules_are_copied_and_pickled(op):
     call = of(op)[0].make()
-    tensors = [*call.student.values(), *call.teacher.values()]
-    module = getattr(nn, "".join(part.title() for part in op.split("_")))(
-        **{name: value for name, value in call.other.items() if name != "mask"}
-    )
+    options = {name: value for name, value in call.other.items() if not torch.is_tensor(value)}
+    tensors = {name: value for name, value in call.arguments.items() if name not in options}
+    module = getattr(nn, "".join(part.title() for part in op.split("_")))(**options)
     expected = getattr(functional, op)(**call.arguments)
     for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert twin.options == module.options
-        assert torch.equal(twin(*tensors), expected)
+        assert torch.equal(twin(**tensors), expected)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -23,12 +23,12 @@ from python_tests.tolerance import violations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "relation_kl")
+FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "relation_kl", "topk_kd_loss")
 
 
 def bounded(case):
     """Interpreted, long maps get one sequence and two heads; the shorter ones have more of both."""
-    if not INTERPRETED or case.mask is not None or case.shape["tokens"] < 64 or "heads" not in case.shape:
+    if not INTERPRETED or case.mask is not None or case.shape.get("tokens", 0) < 64 or "heads" not in case.shape:
         return case
     return replace(case, shape={**case.shape, "batch": 1, "heads": min(case.shape["heads"], 2)})
 
@@ -91,10 +91,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 PADDED = by_name(
     "attention_kl-mask_holes", "attention_kl-none_holes", "attention_mse-probs_mask_lengths",
     "attention_mse-scores_mask_lengths", "relation_kl-mask_lengths", "hidden_mse-layer_norm",
-    "hidden_mse-projected_each",
+    "hidden_mse-projected_each", "topk_kd_loss-mask_lengths", "topk_kd_loss-labels_bucket", "topk_kd_loss-row_t",
 )  # fmt: skip
 STRETCHED = ("none_holes", "scores_plain", "probs_plain", "layer_norm", "projected_bias")
-HALVES = PADDED + by_name("attention_kl-d80", "hidden_mse-l2")
+HALVES = PADDED + by_name("attention_kl-d80", "hidden_mse-l2", "topk_kd_loss-vocabulary")
 
 
 @here
@@ -148,7 +148,12 @@ def test_no_real_token(case):
 @pytest.mark.parametrize(
     "case",
     by_name(
-        "attention_kl-d26", "attention_mse-probs_d26", "attention_mse-scores_d26", "relation_kl-d6", "hidden_mse-l2"
+        "attention_kl-d26",
+        "attention_mse-probs_d26",
+        "attention_mse-scores_d26",
+        "relation_kl-d6",
+        "hidden_mse-l2",
+        "topk_kd_loss-all_named",
     ),
     ids=lambda case: case.id,
 )
@@ -200,7 +205,11 @@ def test_layers_that_differ():
 @here
 def test_nan_in_a_real_token_reaches_the_loss():
     for case in by_name(
-        "attention_kl-plain", "attention_mse-probs_plain", "attention_mse-scores_plain", "hidden_mse-plain"
+        "attention_kl-plain",
+        "attention_mse-probs_plain",
+        "attention_mse-scores_plain",
+        "hidden_mse-plain",
+        "topk_kd_loss-kl",
     ):
         call = case.make(0, device=DEVICE)
         with torch.no_grad():

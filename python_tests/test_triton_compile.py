@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from kdkernels.ops._common import NORMALIZE, ON, REDUCTION  # noqa: E402
-from kdkernels.triton import attention_kl, attention_mse, hidden_mse, relation_kl  # noqa: E402
+from kdkernels.ops._common import KIND, NORMALIZE, ON, REDUCTION, TAIL  # noqa: E402
+from kdkernels.triton import attention_kl, attention_mse, hidden_mse, relation_kl, topk_kd_loss  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,12 +144,22 @@ def run_hidden_mse_projected(dtype, normalize):
     hidden_mse.hidden_mse([student], [teacher], MASK, [weight], [bias], NORMALIZE[normalize], True)
 
 
+def run_topk_kd_loss(dtype, tail):
+    student, values = torch.empty(2, 256, 30522, dtype=dtype), torch.empty(2, 256, 64, dtype=dtype)
+    labels = torch.empty(2, 256, dtype=torch.int64) if tail == "bucket" else None
+    inputs = student, values, torch.arange(64).repeat(2, 256, 1), MASK, labels, torch.ones(2, 256)
+    scalars = TAIL[tail], KIND["kl"], 1.0, True, 0.5, 0.5, -100, REDUCTION["batchmean"]
+    _, *saved = topk_kd_loss.topk_kd_loss(*inputs, *scalars)
+    topk_kd_loss.topk_kd_loss_backward(UPSTREAM, *inputs, *saved, *scalars)
+
+
 OPTIONS = {
     run_attention_kl: ("batchmean", "none"),
     run_attention_mse: tuple(ON),
     run_relation_kl: (12, 1),
     run_hidden_mse: tuple(NORMALIZE),
     run_hidden_mse_projected: (None,),
+    run_topk_kd_loss: tuple(TAIL),
 }
 # float16 differs from bfloat16 in nothing but the type: one option of each family has it.
 CALLS = [

@@ -22,6 +22,7 @@ DTYPES = {
 }
 MODULES = {
     "kd_loss": nn.KdLoss,
+    "topk_kd_loss": nn.TopkKdLoss,
     "attention_kl": nn.AttentionKl,
     "attention_mse": nn.AttentionMse,
     "relation_kl": nn.RelationKl,

@@ -40,23 +40,59 @@ def kd_loss(
     soft_rows = _divergence(student, teacher, kind, beta, log_target)
     if scale_t2:
         soft_rows = soft_rows * temperature**2
-    soft = _reduce(soft_rows, mask, reduction, student.shape[-1])
-    if labels is None:
-        return soft
-    if mask is not None:
-        labels = labels.masked_fill(~mask, ignore_index)
-    hard = F.cross_entropy(
-        student_logits.flatten(0, -2),
-        labels.flatten(),
-        ignore_index=ignore_index,
-        reduction="mean" if reduction in ("mean", "batchmean") else reduction,
-    )
-    return alpha * soft + (1 - alpha) * (hard.view(labels.shape) if reduction == "none" else hard)
+    return _with_labels(soft_rows, student_logits, mask, labels, alpha, ignore_index, reduction)
 
 
 def kd_loss_softmax_target(student_logits, teacher_logits, **options):
     """As the documentation of nn.KLDivLoss has it: the teacher as probabilities."""
     return kd_loss(student_logits, teacher_logits, **options, log_target=False)
+
+
+def topk_kd_loss(
+    student_logits,
+    teacher_values,
+    teacher_indices,
+    *,
+    tail="renormalize",
+    kind="kl",
+    temperature=1.0,
+    scale_t2=True,
+    beta=0.5,
+    mask=None,
+    labels=None,
+    alpha=1.0,
+    ignore_index=-100,
+    reduction="batchmean",
+):
+    """As axolotl and NeMo-RL have it: the K log-probabilities gathered from the whole log-softmax; a rest, where one is
+    needed, is what the K probabilities leave of 1."""
+    divisor = temperature.unsqueeze(-1).to(student_logits.dtype) if torch.is_tensor(temperature) else temperature
+    indices = teacher_indices.long()
+    log_s = F.log_softmax(student_logits / divisor, -1).gather(-1, indices)
+    log_t = F.log_softmax(teacher_values / divisor, -1) if tail == "renormalize" else teacher_values
+    p_s, p_t = log_s.exp(), log_t.exp()
+    if indices.shape[-1] < student_logits.shape[-1] and (tail == "bucket" or kind not in ("kl", "ce")):
+        p_s = torch.cat([p_s, 1 - p_s.sum(-1, keepdim=True)], -1)
+        p_t = torch.cat(
+            [p_t, torch.zeros_like(p_t[..., :1]) if tail == "renormalize" else 1 - p_t.sum(-1, keepdim=True)], -1
+        )
+        log_s, log_t = (torch.cat([log, p[..., -1:].log()], -1) for log, p in ((log_s, p_s), (log_t, p_t)))
+    if kind == "kl":
+        rows = (p_t * (log_t - log_s)).sum(-1)
+    elif kind == "ce":
+        rows = -(p_t * log_s).sum(-1)
+    elif kind == "reverse_kl":
+        rows = (p_s * (log_s - log_t)).sum(-1)
+    elif kind == "tv":
+        rows = 0.5 * (p_s - p_t).abs().sum(-1)
+    else:
+        log_m = (beta * p_t + (1 - beta) * p_s).log()
+        rows = (
+            beta * F.kl_div(log_m, p_t, reduction="none") + (1 - beta) * F.kl_div(log_m, p_s, reduction="none")
+        ).sum(-1)
+    if scale_t2:
+        rows = rows * temperature**2
+    return _with_labels(rows, student_logits, mask, labels, alpha, ignore_index, reduction)
 
 
 def attention_kl(
@@ -128,12 +164,28 @@ def tinybert_step(**tensors):
 
 VARIANTS = {
     "kd_loss": (kd_loss, kd_loss_softmax_target),
+    "topk_kd_loss": (topk_kd_loss,),
     "attention_kl": (attention_kl, attention_kl_softmax_target),
     "attention_mse": (attention_mse,),
     "relation_kl": (relation_kl, relation_kl_softmax_target),
     "hidden_mse": (hidden_mse,),
     "tinybert_step": (tinybert_step,),
 }
+
+
+def _with_labels(soft_rows, student_logits, mask, labels, alpha, ignore_index, reduction):
+    soft = _reduce(soft_rows, mask, reduction, student_logits.shape[-1])
+    if labels is None:
+        return soft
+    if mask is not None:
+        labels = labels.masked_fill(~mask, ignore_index)
+    hard = F.cross_entropy(
+        student_logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=ignore_index,
+        reduction="mean" if reduction in ("mean", "batchmean") else reduction,
+    )
+    return alpha * soft + (1 - alpha) * (hard.view(labels.shape) if reduction == "none" else hard)
 
 
 def _divergence(student, teacher, kind, beta, log_target):

@@ -115,11 +115,11 @@ inline void kd_accumulate(KdSums& sums, const T* s, const T* t, int64_t n, float
     add_pair(load_pair(s + i), load_pair(t + i));
   }
   if (i < n) add_pair(load_pair_n(s + i, n - i, ninf), load_pair_n(t + i, n - i, ninf));
-  sums.s.z += sum(z_s);
-  sums.t.z += sum(z_t);
-  (kOfTeacher ? sums.t : sums.s).moment += sum(moment);
-  if (kEntropy) sums.t.own += sum(own);
-  if (kHard) sums.z_hard += sum(z_hard);
+  sums.s.z += sum_wide(z_s);
+  sums.t.z += sum_wide(z_t);
+  (kOfTeacher ? sums.t : sums.s).moment += sum_wide(moment);
+  if (kEntropy) sums.t.own += sum_wide(own);
+  if (kHard) sums.z_hard += sum_wide(z_hard);
 }
 
 // The mean of f under weights p, lane by lane, kept up as they come. Gradients are p (f - mean): where f is the same wherever there is
@@ -175,13 +175,15 @@ inline KdSweep kd_sweep(const KdLoss& op, const float* stats, float temperature)
           set1(stats[kInvZS]), set1(stats[kInvZT]), set1(static_cast<float>(log_ratio)), set1(1.0f / temperature), set1(op.beta)};
 }
 
+// Classes from `apart` on are summed apart from those before: a term that outweighs the others costs them no digits.
 template <bool kOfTeacher, bool kEntropy, bool kHard>
-inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float log2_scale) {
+inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float log2_scale, int64_t apart) {
   return with_logit(op, [&]<typename T>() {
     alignas(64) float buffer_s[kKdChunk], buffer_t[kKdChunk];
     KdSums sums;
-    for (int64_t c = 0; c < op.classes; c += kKdChunk) {
-      const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk;
+    for (int64_t c = 0, n; c < op.classes; c += n) {
+      n = (c < apart ? apart : op.classes) - c;
+      if (n > kKdChunk) n = kKdChunk;
       kd_accumulate<kOfTeacher, kEntropy, kHard>(sums, kd_chunk<T>(row.student, row.offset_s, c, n, buffer_s),
                                                  kd_chunk<T>(row.teacher, row.offset_t, c, n, buffer_t), n, log2_scale);
     }
@@ -189,11 +191,11 @@ inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float log2_scale) {
   });
 }
 
-inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float log2_scale, bool hard) {
+inline KdSums kd_sums(const KdLoss& op, const KdRow& row, float scale, bool hard, int64_t apart) {
   switch (op.kind) {
-    case kReverseKl: return hard ? kd_sums<false, false, true>(op, row, log2_scale) : kd_sums<false, false, false>(op, row, log2_scale);
-    case kCe: return hard ? kd_sums<true, true, true>(op, row, log2_scale) : kd_sums<true, true, false>(op, row, log2_scale);
-    default: return hard ? kd_sums<true, false, true>(op, row, log2_scale) : kd_sums<true, false, false>(op, row, log2_scale);
+    case kReverseKl: return hard ? kd_sums<false, false, true>(op, row, scale, apart) : kd_sums<false, false, false>(op, row, scale, apart);
+    case kCe: return hard ? kd_sums<true, true, true>(op, row, scale, apart) : kd_sums<true, true, false>(op, row, scale, apart);
+    default: return hard ? kd_sums<true, false, true>(op, row, scale, apart) : kd_sums<true, false, false>(op, row, scale, apart);
   }
 }
 
@@ -204,7 +206,7 @@ inline bool kd_labelled(const KdLoss& op, int64_t row) { return op.labels && op.
 // A jsd whose mixture is one of its two sides: 0 everywhere.
 inline bool kd_flat(const KdLoss& op) { return op.kind == kJsd && (op.beta == 0 || op.beta == 1); }
 
-void kd_loss_forward_row(const KdLoss& op, int64_t r) {
+void kd_loss_forward_row(const KdLoss& op, int64_t r, int64_t apart = 0) {
   float* stats = op.stats + r * kKdStats;
   if (op.mask && !op.mask[r]) {
     for (int i = 0; i < kKdStats; ++i) stats[i] = 0;
@@ -214,7 +216,7 @@ void kd_loss_forward_row(const KdLoss& op, int64_t r) {
   const double temperature = kd_temperature(op, r);
   const bool labelled = kd_labelled(op, r), hard = labelled && temperature != 1;
   const float log2_scale = static_cast<float>(1.4426950408889634 / temperature);
-  const KdSums sums = kd_sums(op, row, log2_scale, hard);
+  const KdSums sums = kd_sums(op, row, log2_scale, hard, apart);
   const double z_hard = hard ? sums.z_hard : sums.s.z;
   stats[kMaxS] = sums.s.max;
   stats[kMaxT] = sums.t.max;
@@ -251,7 +253,7 @@ void kd_loss_forward_row(const KdLoss& op, int64_t r) {
         const vf xt = i + W <= n ? load(t + i) : load_n(t + i, n - i, ninf);
         op.kind == kJsd ? jsd_terms(sweep, xs, xt, loss, mean) : tv_terms(sweep, xs, xt, loss, mean);
       }
-      soft += sum(loss);
+      soft += sum_wide(loss);
       for (int l = 0; l < W; ++l) {
         aux += static_cast<double>(mean.weight[l]) * mean.mean[l];
         weight += mean.weight[l];

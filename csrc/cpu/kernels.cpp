@@ -19,6 +19,7 @@ namespace {
 #include "pair.h"
 #include "kd_loss.inl"
 #include "kd_loss_narrow.inl"
+#include "topk_kd_loss.inl"
 #include "gemm.inl"
 #include "attention.inl"
 #include "attention_mse.inl"
@@ -34,6 +35,9 @@ const Table table = {
     .isa = KD_STRING(KD_ISA),
     .kd_loss_forward = kd_loss_forward,
     .kd_loss_backward = kd_loss_backward,
+    .topk_scratch = topk_scratch,
+    .topk_forward = topk_forward,
+    .topk_backward = topk_backward,
     .attention_scratch = attention_scratch,
     .attention_maps = attention_maps,
     .attention_scores_scratch = attention_scores_scratch,

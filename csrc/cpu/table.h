@@ -6,6 +6,7 @@
 #include "hidden_mse.h"
 #include "kd_loss.h"
 #include "quant_linear.h"
+#include "topk_kd_loss.h"
 
 namespace kd::cpu {
 
@@ -17,6 +18,11 @@ struct Table {
   // One item = kd_rows_per_item(op) rows.
   void (*kd_loss_forward)(const KdLoss&, int64_t item);
   void (*kd_loss_backward)(const KdLoss&, const KdWeights&, int64_t item);
+
+  // One item = topk_rows_per_item(op) rows.
+  int64_t (*topk_scratch)(const TopkKdLoss&);
+  void (*topk_forward)(const TopkKdLoss&, int64_t item, float* scratch);
+  void (*topk_backward)(const TopkKdLoss&, const KdWeights&, int64_t item, float* scratch);
 
   // One item = one (batch, head).
   int64_t (*attention_scratch)(const Attention&);

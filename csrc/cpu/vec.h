@@ -180,6 +180,16 @@ inline float sum(vf x) {
 #endif
 }
 
+// The sum in double: for a few large terms beside small ones, which a float would round.
+inline double sum_wide(vf x) {
+  float lanes[W];
+  store(lanes, x);
+  vd total = load_wide(lanes) + load_wide(lanes + WD);
+  double s = 0;
+  for (int i = 0; i < WD; ++i) s += total[i];
+  return s;
+}
+
 inline float max(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(x);

@@ -5,6 +5,7 @@ import torch
 from .. import _checks, reference
 from .._load import serves
 from ..ops._common import KIND, REDUCTION, TAIL
+from ._common import any_fp64
 
 
 def kd_loss(
@@ -57,7 +58,7 @@ def kd_loss(
     kind_id, reduction_id, beta, alpha = _numbers(kind, reduction, beta, alpha)
     mask, labels, rows, temperature = _rows(lead, classes, student, mask, labels, ignore_index, temperature)
 
-    if student.dtype == torch.float64 or teacher.dtype == torch.float64 or not serves("kd_loss", student.device):
+    if any_fp64(student, teacher) or not serves("kd_loss", student.device):
         return reference.kd_loss(
             student,
             teacher,
@@ -71,10 +72,7 @@ def kd_loss(
             ignore_index=ignore_index,
             reduction=reduction,
         )
-    if len(lead) != 2:
-        shape = (1, *lead) if len(lead) == 1 else (1, 1) if not lead else (-1, lead[-1])
-        student, teacher = student.reshape(*shape, classes), teacher.reshape(*shape, classes)
-        mask, labels, rows = (None if x is None else x.view(shape) for x in (mask, labels, rows))
+    student, teacher, mask, labels, rows = _two_leading(lead, student, teacher, mask, labels, rows)
     loss, _ = torch.ops.kdkernels.kd_loss.default(
         student,
         teacher,
@@ -218,8 +216,8 @@ def topk_kd_loss(
         )
     _checks.teacher("teacher_values", teacher)
     _checks.same_device("student_logits", student, teacher_values=teacher)
-    _numbers(kind, reduction, beta, alpha)
-    _checks.choice("tail", tail, TAIL)
+    kind_id, reduction_id, beta, alpha = _numbers(kind, reduction, beta, alpha)
+    tail_id = _checks.choice("tail", tail, TAIL)
     if kind == "reverse_kl" and tail == "renormalize":
         raise ValueError(
             'kind="reverse_kl" is infinite where the teacher has no mass, which with tail="renormalize" is all but K '
@@ -229,21 +227,28 @@ def topk_kd_loss(
     indices = _checks.class_indices("teacher_indices", teacher_indices, teacher, classes, mask)
     if tail == "bucket":
         _checks.log_probabilities("teacher_values", teacher, mask)
-    return reference.topk_kd_loss(
-        student,
-        teacher,
-        indices,
-        tail=tail,
-        kind=kind,
-        temperature=temperature if rows is None else rows,
-        scale_t2=scale_t2,
-        beta=beta,
-        mask=mask,
-        labels=labels,
-        alpha=alpha,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
+    if any_fp64(student, teacher) or not serves("topk_kd_loss", student.device):
+        return reference.topk_kd_loss(
+            student,
+            teacher,
+            indices,
+            tail=tail,
+            kind=kind,
+            temperature=temperature if rows is None else rows,
+            scale_t2=scale_t2,
+            beta=beta,
+            mask=mask,
+            labels=labels,
+            alpha=alpha,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    student, teacher, indices, mask, labels, rows = _two_leading(lead, student, teacher, indices, mask, labels, rows)
+    loss = torch.ops.kdkernels.topk_kd_loss.default(
+        student, teacher, indices, mask, labels, rows, tail_id, kind_id, temperature, bool(scale_t2), beta, alpha,
+        ignore_index, reduction_id,
+    )[0]  # fmt: skip
+    return loss if reduction != "none" or len(lead) == 2 else loss.view(lead)
 
 
 def _numbers(kind, reduction, beta, alpha):
@@ -263,6 +268,14 @@ def _rows(lead, classes, student, mask, labels, ignore_index, temperature):
     if isinstance(temperature, torch.Tensor):
         return mask, labels, _checks.row_temperature(temperature, lead, student, mask), 1.0
     return mask, labels, None, _checks.number("temperature", temperature, above=0)
+
+
+def _two_leading(lead, *tensors):
+    """Tensors [*lead] or [*lead, n] with two leading dimensions, as the kernels walk over them; None stays None."""
+    if len(lead) == 2:
+        return tensors
+    shape = (1, *lead) if len(lead) == 1 else (1, 1) if not lead else (-1, lead[-1])
+    return [x if x is None else x.reshape(*shape, *x.shape[len(lead) :]) for x in tensors]
 
 
 def _head(side, hidden, weight, bias, classes):

@@ -1,5 +1,7 @@
 """Rows of the losses on logits."""
 
+import torch
+
 from ..case import Call, Case, Target
 from ._common import KIB, case_of
 
@@ -7,6 +9,13 @@ from ._common import KIB, case_of
 def kd(name, why, lead=(5,), classes=129, *, labels=False, row_temperature=False, **given) -> Case:
     shape = {"lead": lead, "classes": classes, "labels": labels, "row_temperature": row_temperature}
     return case_of("kd_loss", name, why, shape, given)
+
+
+def topk(
+    name, why, lead=(5,), classes=129, *, named=7, indices=torch.int64, labels=False, row_temperature=False, **given
+):
+    shape = {"lead": lead, "classes": classes, "labels": labels, "row_temperature": row_temperature}
+    return case_of("topk_kd_loss", name, why, {**shape, "named": named, "indices": indices}, given)
 
 
 KD_LOSS = [
@@ -57,10 +66,63 @@ KD_LOSS = [
 ]  # fmt: skip
 
 
+TOPK_KD_LOSS = [
+    topk("kl", "the teacher's K classes renormalised against the whole vocabulary"),
+    topk("kl_t4", "a temperature on both sides", temperature=4.0),
+    topk("ce", "the same gradient, the entropy stays", kind="ce", temperature=2.0, scale_t2=False),
+    topk("jsd", "the student's mass elsewhere meets no teacher", kind="jsd", temperature=2.0),
+    topk("jsd_0.9", "an unequal mixture", kind="jsd", beta=0.9),
+    topk("tv", "half of the mass elsewhere", kind="tv", temperature=2.0),
+    topk("bucket", "one outcome for all other classes", tail="bucket"),
+    topk("bucket_t4", "log-probabilities at T", tail="bucket", temperature=4.0),
+    topk("bucket_ce", "the bucket's own cross-entropy", tail="bucket", kind="ce", temperature=2.0),
+    topk("bucket_reverse_kl", "finite, since the bucket has mass", tail="bucket", kind="reverse_kl", temperature=2.0),
+    topk("bucket_jsd", "the mixture of two buckets", tail="bucket", kind="jsd", beta=0.1),
+    topk("bucket_tv", "jumps in the bucket", tail="bucket", kind="tv"),
+    topk("one_named", "K = 1: hard labels with a tail", named=1, tail="bucket"),
+    topk("one_named_renormalize", "K = 1: the cross-entropy of one class", named=1),
+    topk("all_named", "K = V: the dense loss, no rest", classes=41, named=41, temperature=2.0),
+    topk("all_named_bucket", "K = V: the bucket is empty", classes=41, named=41, tail="bucket"),
+    topk("one_class", "every distribution over one class is the same", classes=1, named=1),
+    topk("two_classes", "one named, one rest", lead=(33,), classes=2, named=1, tail="bucket"),
+    topk("scalar_lead", "logits [V] are one row", lead=(), classes=41),
+    topk("deep_lead", "four leading dimensions", lead=(2, 1, 3, 2), classes=26),
+    topk("int32", "indices as they are cached", indices=torch.int32, lead=(3, 7), mask="holes"),
+    topk("vocabulary", "BERT's vocabulary, several chunks", lead=(3,), classes=30522, named=64, temperature=4.0),
+    topk("vocabulary_bucket", "a heavy tail", lead=(3,), classes=30522, named=64, tail="bucket", temperature=2.0),
+    topk("many_named", "more than a chunk of named classes", lead=(2,), classes=5000, named=2500, tail="bucket"),
+    topk("mask_holes", "real rows need not be a prefix", lead=(3, 7), mask="holes", temperature=2.0),
+    topk("mask_lengths", "one sequence all padding", lead=(3, 7), mask=(7, 0, 2), tail="bucket"),
+    topk("labels", "the hard term sees every class", lead=(3, 7), labels=True, alpha=0.3, temperature=2.0),
+    topk("labels_bucket", "beside a bucket", lead=(3, 7), labels=True, alpha=0.7, mask="holes", tail="bucket"),
+    topk("labels_none", "the hard term per row", lead=(3, 7), labels=True, alpha=0.5, reduction="none", mask="holes"),
+    topk("labels_all_named", "no rest under the hard term", classes=41, named=41, labels=True, alpha=0.5),
+    topk("labels_saturated", "named logits far above the rest", labels=True, alpha=0.5, spread=60.0, named=1),
+    topk("row_t", "a temperature per row", lead=(3, 7), row_temperature=True, mask="holes"),
+    topk("row_t_bucket", "the row's own T", lead=(3, 7), row_temperature=True, tail="bucket", labels=True),
+    topk("none", "a value per row", lead=(3, 7), reduction="none", temperature=2.0),
+    topk("sum", "no division", lead=(3, 7), reduction="sum", mask="holes"),
+    topk("mean", "real rows x classes of the vocabulary", lead=(3, 7), reduction="mean", mask="holes"),
+    topk("saturated", "the rest underflows beside the named", spread=60.0),
+    topk("near", "p_s - p_t cancels near convergence", near=1e-3, tail="bucket"),
+    topk("transposed", "[N, B, V] read as [B, N, V]", lead=(3, 7), layout="transposed", mask="holes"),
+    topk("sliced", "a slice of padded logits", lead=(3, 7), layout="sliced", tail="bucket"),
+    topk("strided", "no two classes are neighbours", lead=(3, 7), layout="strided", kind="jsd"),
+    topk("expanded", "values broadcast with stride 0", lead=(3, 7), layout="expanded"),
+]  # fmt: skip
+
+
 def _rows_32_bytes(call: Call) -> int:
     """32 bytes a row beside the gradient, and a page for scalars."""
     logits = call.student["student_logits"]
     return 32 * (logits.numel() // logits.shape[-1]) + 4 * KIB
+
+
+def _outcomes(call: Call) -> int:
+    """Both sides' K + 1 outcomes, their gradient and 48 bytes a row beside the gradient, and a page for scalars."""
+    values = call.teacher["teacher_values"]
+    rows = values.numel() // values.shape[-1]
+    return rows * (12 * (values.shape[-1] + 1) + 48) + 4 * KIB
 
 
 CPU = [
@@ -76,6 +138,10 @@ CPU = [
         kd("kl_4096x2", "a classifier's head: call overhead", (4096,), 2, temperature=4.0),
         Target(eager=1, compile=1),
     ),
+    (
+        topk("kl_512x30522_k64", "a cached teacher", (512,), 30522, named=64, temperature=2.0),
+        Target(eager=4, compile=2, memory=_outcomes),
+    ),
 ]
 
 CUDA = [
@@ -86,5 +152,9 @@ CUDA = [
     (
         kd("jsd_8192x128256_bf16", "the same, beside Liger's JSD", (8192,), 128256, kind="jsd"),
         Target(eager=6, compile=1.4, liger=4, memory=_rows_32_bytes),
+    ),
+    (
+        topk("topk_8192x128256_k64_bf16", "a cached teacher of a Llama vocabulary", (8192,), 128256, named=64),
+        Target(eager=5, compile=2, memory=_outcomes),
     ),
 ]
