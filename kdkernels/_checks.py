@@ -63,7 +63,7 @@ def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, 
 
 
 def readable(value: torch.Tensor) -> bool:
-    """Whether looking at the values costs nothing: a real CPU tensor, outside of tracing and torch.func's transforms."""
+    """Whether looking at the values costs nothing: a real CPU tensor, outside of tracing and torch.func."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return value.device.type == "cpu" and type(value) is torch.Tensor
