@@ -5,6 +5,7 @@ accepted. Values that live on a GPU are not read (that would be a host sync): th
 NaN for its row.
 """
 
+import itertools
 import math
 
 import torch
@@ -43,6 +44,12 @@ def choice(name: str, value, accepted):
     except (KeyError, TypeError):
         options = ", ".join(repr(key) for key in accepted)
         raise ValueError(f"{name} must be one of {options}, got {value!r}") from None
+
+
+def truth(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
 
 
 def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, above: float | None = None) -> float:
@@ -86,6 +93,41 @@ def mask(value, shape: tuple, like: torch.Tensor, described: str) -> torch.Tenso
             "values (an additive mask?)"
         )
     return (value != 0).contiguous()
+
+
+def sequences(cu_seqlens, max_seqlen, given_mask, like: torch.Tensor) -> int:
+    """The bound of a packed sequence's length, from the arguments that come with packed tokens `like` [tokens, ...]."""
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError("max_seqlen needs cu_seqlens: it bounds the length of packed sequences")
+        return 0
+    if given_mask is not None:
+        raise ValueError("mask must be None where cu_seqlens is given: packed sequences hold no padding")
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor or None, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must have the shape [sequences + 1], got {list(cu_seqlens.shape)}")
+    same_device("the student", like, cu_seqlens=cu_seqlens)
+    total = like.shape[0]
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 0):
+        raise ValueError(f"max_seqlen must be an integer >= 0 or None, got {max_seqlen!r}")
+    if readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > total:
+            raise ValueError(
+                f"cu_seqlens must start at 0, never fall and end at {total} tokens at most, got {shortened(bounds)}"
+            )
+        longest = max((last - first for first, last in itertools.pairwise(bounds)), default=0)
+        if max_seqlen is not None and max_seqlen < longest:
+            raise ValueError(f"max_seqlen must be at least the longest sequence's {longest} tokens, got {max_seqlen}")
+    return total if max_seqlen is None else min(max_seqlen, total)
+
+
+def shortened(values: list) -> str:
+    """A list as text, cut where a message would run away."""
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
 
 
 def labels(value, shape: tuple, like: torch.Tensor, classes: int, ignore_index: int, rows) -> torch.Tensor:

@@ -41,6 +41,11 @@ class Case:
     target: Target | None = None
 
     @property
+    def packed(self) -> bool:
+        """Sequences of all lengths in one axis of tokens, with their bounds."""
+        return "packed" in self.shape
+
+    @property
     def id(self) -> str:
         return f"{self.op}-{self.name}"
 
@@ -192,16 +197,48 @@ def _topk_kd_loss(generator, case):
 
 
 def _attention(generator, case):
-    batch, heads, tokens, d_s, d_t = (case.shape[key] for key in ("batch", "heads", "tokens", "d_s", "d_t"))
-    q_s, q_t = _pair(generator, case, (batch, heads, tokens, d_s), (batch, heads, tokens, d_t))
-    k_s, k_t = _pair(generator, case, (batch, heads, tokens, d_s), (batch, heads, tokens, d_t))
-    return {"q_s": q_s, "k_s": k_s}, {"q_t": q_t, "k_t": k_t}, _mask(generator, case.mask, (batch, tokens))
+    """shape: batch, heads, tokens, d_s, d_t; of the teacher's heads (heads_t) and of key heads (kv_s, kv_t) where they
+    differ; bias_s and bias_t as shapes; lse; packed."""
+    shape = case.shape
+    batch, heads, tokens, d_s, d_t = (shape[key] for key in ("batch", "heads", "tokens", "d_s", "d_t"))
+    heads_t = shape.get("heads_t", heads)
+    other = _bounds(case) if case.packed else _mask(generator, case.mask, (batch, tokens))
+    lead = (tokens,) if case.packed else (batch,)
+    rest = () if case.packed else (tokens,)
+    q_s, q_t = _pair(generator, case, (*lead, heads, *rest, d_s), (*lead, heads_t, *rest, d_t))
+    kv_s, kv_t = shape.get("kv_s", heads), shape.get("kv_t", heads_t)
+    k_s, k_t = _pair(generator, case, (*lead, kv_s, *rest, d_s), (*lead, kv_t, *rest, d_t))
+    for name in ("bias_s", "bias_t"):
+        if name in shape:
+            other[name] = torch.randn(shape[name], generator=generator)
+    if shape.get("lse"):
+        for side, q, k in (("s", q_s, k_s), ("t", q_t, k_t)):
+            other[f"lse_{side}"] = _lse(q, k, other.get("mask"), case.options)
+    return {"q_s": q_s, "k_s": k_s}, {"q_t": q_t, "k_t": k_t}, other
+
+
+def _bounds(case) -> dict:
+    """shape["packed"]: lengths whose sum is at most shape["tokens"]; int32, as flash attention has them."""
+    lengths = torch.tensor((0, *case.shape["packed"]))
+    return {"cu_seqlens": lengths.cumsum(0).to(torch.int32)}
+
+
+def _lse(q, k, mask, options) -> torch.Tensor:
+    """What a model's own attention leaves: float32, of whole rows, garbage where they are padding."""
+    scores = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5 / options.get("temperature", 1.0)
+    if options.get("causal"):
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+    return scores.logsumexp(-1).float()
 
 
 def _relation(generator, case):
     batch, tokens, w_s, w_t = (case.shape[key] for key in ("batch", "tokens", "w_s", "w_t"))
-    student, teacher = _pair(generator, case, (batch, tokens, w_s), (batch, tokens, w_t))
-    return {"student": student}, {"teacher": teacher}, _mask(generator, case.mask, (batch, tokens))
+    lead = (tokens,) if case.packed else (batch, tokens)
+    student, teacher = _pair(generator, case, (*lead, w_s), (*lead, w_t))
+    other = _bounds(case) if case.packed else _mask(generator, case.mask, lead)
+    return {"student": student}, {"teacher": teacher}, other
 
 
 def _hidden(generator, case):

@@ -18,6 +18,8 @@ IDENTICAL = [
     and case.options.get("scale_s") is None
     and case.shape.get("named") in (None, case.shape.get("classes"))
     and case.options.get("tail") != "bucket"
+    and case.options.get("head_map") is None
+    and not {"bias_s", "lse"} & set(case.shape)
 ]
 ids = {"ids": lambda case: case.id}
 

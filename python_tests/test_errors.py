@@ -200,17 +200,73 @@ TOPK = {
         "teacher_values.*log-probabilities.*8.155",
     ),
 }
+BOUNDS = {
+    "q without batch": ({"q_s": torch.randn(3, 5, 4), "k_s": torch.randn(3, 5, 4)}, ValueError, "q_s.*4 dimensions"),
+    "packed with a batch": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "q_s.*3 dimensions.*cu_seqlens"),
+    "max_seqlen alone": ({"max_seqlen": 5}, ValueError, "max_seqlen needs cu_seqlens"),
+}
+
+
+def packed(width: int, **change) -> dict:
+    """Ten tokens of three heads, and one thing wrong with the bounds of their sequences."""
+    tensors = dict(zip(("q_s", "k_s", "q_t", "k_t"), (torch.randn(10, 3, width) for _ in range(4)), strict=True))
+    return {**tensors, "cu_seqlens": torch.tensor([0, 4, 10]), **change}
+
+
+PACKED = {
+    "mask beside bounds": (packed(4, mask=torch.ones(10)), ValueError, "mask must be None.*cu_seqlens"),
+    "bounds a list": (packed(4, cu_seqlens=[0, 10]), TypeError, "cu_seqlens.*list"),
+    "bounds of floats": (packed(4, cu_seqlens=torch.tensor([0.0, 10.0])), ValueError, "cu_seqlens.*float32"),
+    "bounds of two dimensions": (packed(4, cu_seqlens=torch.zeros(1, 2).int()), ValueError, "cu_seqlens.*shape"),
+    "no bounds": (packed(4, cu_seqlens=torch.zeros(0).int()), ValueError, r"cu_seqlens.*\[0\]"),
+    "bounds fall": (packed(4, cu_seqlens=torch.tensor([0, 7, 4])), ValueError, r"cu_seqlens.*never fall.*\[0, 7, 4\]"),
+    "bounds start late": (packed(4, cu_seqlens=torch.tensor([1, 10])), ValueError, "cu_seqlens.*start at 0"),
+    "bounds too far": (packed(4, cu_seqlens=torch.tensor([0, 11])), ValueError, "cu_seqlens.*10 tokens.*11"),
+    "bounds elsewhere": (
+        packed(4, cu_seqlens=torch.zeros(2, device="meta").int()),
+        ValueError,
+        "cu_seqlens is on meta",
+    ),
+    "max_seqlen too small": (packed(4, max_seqlen=5), ValueError, "max_seqlen.*6.*5"),
+    "max_seqlen a float": (packed(4, max_seqlen=6.0), ValueError, "max_seqlen.*6.0"),
+    "packed tokens differ": (packed(4, q_t=torch.randn(9, 3, 4), k_t=torch.randn(9, 3, 4)), ValueError, "q_t.*tokens"),
+}
+OPTIONS = {
+    "kind": ({"kind": "jsd"}, ValueError, "kind.*'kl', 'reverse_kl'.*'jsd'"),
+    "head_reduction": ({"head_reduction": "max"}, ValueError, "head_reduction.*None, 'sum', 'mean'.*'max'"),
+    "reduced and mapped": ({"head_reduction": "sum", "head_map": [0, 1, 2]}, ValueError, "head_reduction.*head_map"),
+    "reduced with lse": ({"head_reduction": "sum", "lse_s": torch.zeros(2, 3, 5)}, ValueError, "head_reduction.*lse_s"),
+    "head_map a tensor": ({"head_map": torch.tensor([0, 1, 2])}, TypeError, "head_map must be a list"),
+    "head_map too short": ({"head_map": [0, 1]}, ValueError, "head_map.*student's 3.*got 2"),
+    "head_map beyond": ({"head_map": [0, 1, 3]}, ValueError, r"head_map.*\[0, 3\).*3"),
+    "causal a number": ({"causal": 1}, TypeError, "causal.*int"),
+    "key heads do not divide": ({"k_s": torch.randn(2, 2, 5, 4)}, ValueError, "k_s.*divides"),
+    "no key heads": ({"k_s": torch.randn(2, 0, 5, 4)}, ValueError, "k_s.*at least one head"),
+    "bias of another shape": ({"bias_s": torch.zeros(2, 5, 5)}, ValueError, r"bias_s.*\[2, 3, 5, 5\].*\[2, 5, 5\]"),
+    "bias of five dimensions": ({"bias_t": torch.zeros(1, 1, 1, 5, 5)}, ValueError, "bias_t.*broadcastable"),
+    "bias requires grad": ({"bias_t": grad(5, 5)}, ValueError, "bias_t requires grad"),
+    "bias of integers": ({"bias_s": torch.zeros(5, 5).int()}, ValueError, "bias_s.*int32"),
+    "bias elsewhere": ({"bias_s": torch.zeros(5, 5, device="meta")}, ValueError, "bias_s is on meta"),
+    "lse of another shape": ({"lse_s": torch.zeros(2, 3)}, ValueError, r"lse_s.*\[2, 3, 5\].*\[2, 3\]"),
+    "lse in 16 bits": ({"lse_t": torch.zeros(2, 3, 5).half()}, ValueError, "lse_t.*float32.*float16"),
+    "lse a number": ({"lse_t": 1.0}, TypeError, "lse_t.*float"),
+}
 MISTAKES = {
     "kd_loss": KD,
     "linear_kd_loss": LOGITS | LINEAR,
     "topk_kd_loss": LOGITS | TOPK,
     "attention_kl": ATTENTION
+    | BOUNDS
+    | PACKED
+    | OPTIONS
     | {
         "T = 0": ({"temperature": 0}, ValueError, "temperature.*> 0"),
         "T NaN": ({"temperature": float("nan")}, ValueError, "temperature"),
         "reduction": ({"reduction": "mean"}, ValueError, "reduction.*'batchmean', 'sum', 'none'.*'mean'"),
     },
     "attention_mse": ATTENTION
+    | BOUNDS
+    | PACKED
     | {"on": ({"on": "logits"}, ValueError, "on must be one of 'scores', 'probs'.*'logits'")},
     "attention_map_mse": MAPS,
     "attention_map_kl": MAPS
@@ -233,6 +289,8 @@ MISTAKES = {
         "mask of another shape": ({"mask": torch.ones(5, 2)}, ValueError, "mask"),
         "reduction": ({"reduction": "mean"}, ValueError, "reduction"),
         "integer": ({"teacher": torch.ones(2, 5, 24, dtype=torch.int8)}, ValueError, "teacher.*int8"),
+        "packed with a batch": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "student.*2 dimensions"),
+        "max_seqlen alone": ({"max_seqlen": 5}, ValueError, "max_seqlen needs cu_seqlens"),
     },
     "hidden_cosine": LAYERS,
     "moment_mse": LAYERS

@@ -18,9 +18,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CHOSEN = {
     "kd_loss": ("kl", "labels_masked", "row_t", "none", "transposed", "strided"),
     "topk_kd_loss": ("kl", "labels_bucket", "row_t", "none", "int32", "strided"),
-    "attention_kl": ("plain", "mask_holes", "none", "transposed", "strided", "expanded"),
-    "attention_mse": ("scores_mask_holes", "probs_plain", "scores_transposed", "probs_strided"),
-    "relation_kl": ("plain", "mask_holes", "none", "transposed", "strided"),
+    "attention_kl": (
+        *("plain", "mask_holes", "none", "transposed", "strided", "expanded", "reverse_none", "head_mean_none"),
+        *("causal_holes", "bias", "grouped_mapped", "lse", "packed_none", "packed_all"),
+    ),
+    "attention_mse": (
+        *("scores_mask_holes", "probs_plain", "scores_transposed", "probs_strided", "scores_packed", "probs_packed"),
+    ),
+    "relation_kl": ("plain", "mask_holes", "none", "transposed", "strided", "packed_none"),
     "hidden_mse": ("layers", "projected_each", "mask_holes", "strided", "strided_projected", "l2"),
 }
 SOME = [case for case in CASES if case.name in CHOSEN[case.op]]

@@ -67,7 +67,7 @@ def test_mask_dtypes(op, dtype):
     assert equal(evaluate(getattr(functional, op), call.with_options(mask=call.other["mask"].to(dtype))), expected)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.mask is None], **ids)
+@pytest.mark.parametrize("case", [case for case in CASES if case.mask is None and not case.packed], **ids)
 def test_all_real_mask_is_no_mask(case):
     call = case.make()
     first = call.leaves[0]
@@ -115,6 +115,8 @@ def test_reductions_agree(case):
         return
     mask = call.other.get("mask")
     real = rows.numel() if mask is None else mask.sum() * rows.numel() / mask.numel()
+    if case.packed:
+        real = call.other["cu_seqlens"][-1] * rows.numel() / rows.shape[0]
     mean = function(**call.with_options(reduction="batchmean").arguments)
     torch.testing.assert_close(mean.double(), rows.sum() / real, rtol=1e-6, atol=0)
     if case.op.endswith("kd_loss"):
@@ -128,9 +130,10 @@ def test_masked_rows_are_zero(case):
     rows = getattr(functional, case.op)(**call.arguments)
     mask = call.other.get("mask")
     if mask is not None:
-        mask = mask if case.op.endswith("kd_loss") else mask[:, None, :].expand(rows.shape)
+        mask = mask if rows.shape == mask.shape else mask[:, None, :].expand(rows.shape)
         assert (rows[~mask] == 0).all()
-        assert (rows[mask] != 0).all()
+        if not case.options.get("causal"):  # a first token sees itself alone: its maps agree
+            assert (rows[mask] != 0).all()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.layout != "contiguous"], **ids)

@@ -89,12 +89,16 @@ def by_name(*names):
 # numpy tells of the 1 / 0 of rows that are then dropped.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 PADDED = by_name(
-    "attention_kl-mask_holes", "attention_kl-none_holes", "attention_mse-probs_mask_lengths",
+    "attention_kl-mask_holes", "attention_kl-none_holes", "attention_kl-bias", "attention_kl-grouped_mapped",
+    "attention_kl-causal_holes", "attention_mse-probs_mask_lengths",
     "attention_mse-scores_mask_lengths", "relation_kl-mask_lengths", "hidden_mse-layer_norm",
     "hidden_mse-projected_each", "topk_kd_loss-mask_lengths", "topk_kd_loss-labels_bucket", "topk_kd_loss-row_t",
 )  # fmt: skip
 STRETCHED = ("none_holes", "scores_plain", "probs_plain", "layer_norm", "projected_bias")
-HALVES = PADDED + by_name("attention_kl-d80", "hidden_mse-l2", "topk_kd_loss-vocabulary")
+HALVES = PADDED + by_name(
+    "attention_kl-d80", "attention_kl-head_sum", "attention_kl-lse", "attention_kl-packed_all", "hidden_mse-l2",
+    "topk_kd_loss-vocabulary",
+)  # fmt: skip
 
 
 @here

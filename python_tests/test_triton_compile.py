@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from kdkernels.ops._common import KIND, NORMALIZE, ON, REDUCTION, TAIL  # noqa: E402
+from kdkernels.ops._common import HEAD_REDUCTION, KIND, NORMALIZE, ON, REDUCTION, TAIL  # noqa: E402
 from kdkernels.triton import attention_kl, attention_mse, hidden_mse, relation_kl, topk_kd_loss  # noqa: E402
 
 CAPABILITIES = (80, 90, 100)
@@ -112,23 +112,64 @@ def heads(dtype, d_s, d_t):
     return [torch.empty(2, 3, 256, d, dtype=dtype) for d in (d_s, d_s, d_t, d_t)]
 
 
-def run_attention_kl(dtype, reduction):
-    inputs, grad = heads(dtype, 32, 64), UPSTREAM if reduction != "none" else torch.ones(2, 3, 256)
-    scalars = 1.0, 0.1, 0.1, REDUCTION[reduction]
-    _, *saved = attention_kl.attention_kl(*inputs, MASK, *scalars, True)
-    attention_kl.attention_kl_backward(grad, *inputs, MASK, *saved, *scalars)
+def packed(tensors):
+    """[B, H, N, d] as sequences one behind the other, [tokens, H, d], and their bounds."""
+    return [x.transpose(1, 2).flatten(0, 1) for x in tensors], torch.tensor([0, 200, 500], dtype=torch.int32)
 
 
-def run_attention_mse(dtype, on):
-    inputs, scalars = heads(dtype, 26, 64), (ON[on], 0.1, 0.1)
-    _, *saved = attention_mse.attention_mse(*inputs, MASK, *scalars, True)
-    attention_mse.attention_mse_backward(UPSTREAM, *inputs, MASK, *saved, *scalars)
+def attention_kl_options(option, inputs):
+    """(reduction, the other options) of one row of OPTIONS."""
+    q_s, _, q_t, _ = inputs
+    bias = torch.empty(2, 1, 256, 256, dtype=q_s.dtype).expand(2, 3, 256, 256)
+    lse = torch.empty(q_s.shape[:3])
+    return {
+        "batchmean": {},
+        "none": {"reduction": "none", "grad": torch.ones(2, 3, 256)},
+        "reverse_causal": {"kind": "reverse_kl", "causal": True},
+        "bias": {"bias_s": bias, "bias_t": bias},
+        "lse": {"lse_s": lse, "lse_t": lse},
+        "head_sum": {"head_reduction": "sum"},
+        "head_map": {"head_map": [2, 2, 0]},
+        "grouped": {"inputs": [x[:, :1] if i % 2 else x for i, x in enumerate(inputs)]},
+        "packed": {"packed": True},
+        "full": {"mask": None},
+    }[option]
+
+
+def run_attention_kl(dtype, option):
+    inputs = heads(dtype, 32, 64)
+    given = attention_kl_options(option, inputs)
+    inputs, mask, bounds = given.get("inputs", inputs), given.get("mask", MASK), None
+    if given.get("packed"):
+        (inputs, bounds), mask = packed(inputs), None
+    tensors = *inputs, mask, bounds, *(given.get(name) for name in ("bias_s", "bias_t", "lse_s", "lse_t"))
+    scalars = (
+        *(256, 1.0, 0.1, 0.1, KIND[given.get("kind", "kl")], HEAD_REDUCTION[given.get("head_reduction")]),
+        *(given.get("head_map", []), given.get("causal", False), REDUCTION[given.get("reduction", "batchmean")]),
+    )
+    _, *saved = attention_kl.attention_kl(*tensors, *scalars, True)
+    attention_kl.attention_kl_backward(given.get("grad", UPSTREAM), *tensors, *saved, *scalars)
+
+
+def run_attention_mse(dtype, option):
+    inputs, mask, bounds, on = heads(dtype, 26, 64), MASK, None, option.split("_")[-1]
+    if on != option:
+        mask = None
+    if option.startswith("packed"):
+        inputs, bounds = packed(inputs)
+    scalars = 256, ON[on], 0.1, 0.1
+    _, *saved = attention_mse.attention_mse(*inputs, mask, bounds, *scalars, True)
+    attention_mse.attention_mse_backward(UPSTREAM, *inputs, mask, bounds, *saved, *scalars)
 
 
 def run_relation_kl(dtype, num_heads):
-    inputs, scalars = (torch.empty(2, 256, 384, dtype=dtype), torch.empty(2, 256, 768, dtype=dtype)), (num_heads, 3)
-    _, *saved = relation_kl.relation_kl(*inputs, MASK, *scalars, True)
-    relation_kl.relation_kl_backward(UPSTREAM, *inputs, MASK, *saved, *scalars)
+    inputs, mask, bounds = [torch.empty(2, 256, w, dtype=dtype) for w in (384, 768)], MASK, None
+    if num_heads == "packed":
+        inputs, mask, num_heads = [x.flatten(0, 1) for x in inputs], None, 12
+        bounds = torch.tensor([0, 200, 500])
+    scalars = 256, num_heads, REDUCTION["batchmean"]
+    _, *saved = relation_kl.relation_kl(*inputs, mask, bounds, *scalars, True)
+    relation_kl.relation_kl_backward(UPSTREAM, *inputs, mask, bounds, *saved, *scalars)
 
 
 def run_hidden_mse(dtype, normalize):
@@ -154,9 +195,11 @@ def run_topk_kd_loss(dtype, tail):
 
 
 OPTIONS = {
-    run_attention_kl: ("batchmean", "none"),
-    run_attention_mse: tuple(ON),
-    run_relation_kl: (12, 1),
+    run_attention_kl: (
+        *("batchmean", "none", "reverse_causal", "bias", "lse", "head_sum", "head_map", "grouped", "packed", "full"),
+    ),
+    run_attention_mse: (*ON, "full_scores", "packed_scores", "full_probs", "packed_probs"),
+    run_relation_kl: (12, 1, "packed"),
     run_hidden_mse: tuple(NORMALIZE),
     run_hidden_mse_projected: (None,),
     run_topk_kd_loss: tuple(TAIL),

@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from python_tests import steps
 
@@ -102,23 +103,50 @@ def attention_kl(
     k_t,
     mask=None,
     *,
+    kind="kl",
     temperature=1.0,
     scale_s=None,
     scale_t=None,
+    head_reduction=None,
+    head_map=None,
+    causal=False,
+    bias_s=None,
+    bias_t=None,
+    lse_s=None,
+    lse_t=None,
+    cu_seqlens=None,
+    max_seqlen=None,
     reduction="batchmean",
     log_target=True,
 ):
-    student = _scores(q_s, k_s, scale_s, mask, temperature)
-    teacher = _scores(q_t, k_t, scale_t, mask, temperature)
-    rows = _divergence(student, teacher, "kl", 0.5, log_target)
-    return _reduce(rows, None if mask is None else mask[:, None, :].expand(rows.shape), reduction)
+    """A log-sum-exp that is given is of no use to F.log_softmax."""
+    total = q_s.shape[0]
+    if cu_seqlens is not None:
+        (q_s, k_s, q_t, k_t), mask = _padded(cu_seqlens, q_s, k_s, q_t, k_t)
+    options = {"causal": causal, "head_reduction": head_reduction}
+    student = _scores(q_s, k_s, scale_s, mask, temperature, bias=bias_s, **options)
+    teacher = _scores(q_t, k_t, scale_t, mask, temperature, bias=bias_t, **options)
+    if head_map is not None:
+        teacher = teacher[:, head_map]
+    rows = _divergence(student, teacher, kind, 0.5, log_target)
+    loss = _reduce(rows, None if mask is None else mask[:, None, :].expand(rows.shape), reduction)
+    if reduction != "none":
+        return loss
+    if cu_seqlens is not None:
+        loss = loss.movedim(1, -1)[mask]
+        loss = F.pad(loss, (0, 0, 0, total - loss.shape[0]))
+    return loss if head_reduction is None else loss.squeeze(1)
 
 
 def attention_kl_softmax_target(*tensors, **options):
     return attention_kl(*tensors, **options, log_target=False)
 
 
-def attention_mse(q_s, k_s, q_t, k_t, mask=None, *, on="scores", scale_s=None, scale_t=None):
+def attention_mse(
+    q_s, k_s, q_t, k_t, mask=None, *, on="scores", scale_s=None, scale_t=None, cu_seqlens=None, max_seqlen=None
+):
+    if cu_seqlens is not None:
+        (q_s, k_s, q_t, k_t), mask = _padded(cu_seqlens, q_s, k_s, q_t, k_t)
     student, teacher = _scores(q_s, k_s, scale_s, mask), _scores(q_t, k_t, scale_t, mask)
     if on == "probs":
         student, teacher = student.softmax(-1), teacher.softmax(-1)
@@ -129,14 +157,13 @@ def attention_mse(q_s, k_s, q_t, k_t, mask=None, *, on="scores", scale_s=None, s
     return (F.mse_loss(student, teacher, reduction="none") * real).sum() / count
 
 
-def relation_kl(student, teacher, mask=None, *, num_heads, reduction="batchmean"):
+def relation_kl(student, teacher, mask=None, *, num_heads, **options):
     s, t = _split_heads(student, num_heads), _split_heads(teacher, num_heads)
-    return attention_kl(s, s, t, t, mask, reduction=reduction)
+    return attention_kl(s, s, t, t, mask, **options)
 
 
-def relation_kl_softmax_target(student, teacher, mask=None, *, num_heads, reduction="batchmean"):
-    s, t = _split_heads(student, num_heads), _split_heads(teacher, num_heads)
-    return attention_kl_softmax_target(s, s, t, t, mask, reduction=reduction)
+def relation_kl_softmax_target(*tensors, **options):
+    return relation_kl(*tensors, **options, log_target=False)
 
 
 def hidden_mse(student, teacher, mask=None, *, weight=None, bias=None, normalize=None):
@@ -208,16 +235,32 @@ def _divergence(student, teacher, kind, beta, log_target):
     return beta * to_mixture[0] + (1 - beta) * to_mixture[1]
 
 
-def _scores(q, k, scale, mask, temperature=1.0):
+def _scores(q, k, scale, mask, temperature=1.0, *, bias=None, causal=False, head_reduction=None):
     """[B, H, N, N]; padding keys get a large negative score, as transformers' extended attention mask did it."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k.shape[1] != q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.transpose(-1, -2) * (scale / temperature)
+    if bias is not None:
+        scores = scores + bias[..., : q.shape[2], : q.shape[2]].to(scores.dtype) / temperature
+    if head_reduction is not None:
+        scores = scores.sum(1, keepdim=True) if head_reduction == "sum" else scores.mean(1, keepdim=True)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), PADDING)
     return scores if mask is None else scores.masked_fill(~mask[:, None, None, :], PADDING)
 
 
+def _padded(cu_seqlens, *packed):
+    """Packed tensors [tokens, H, d] padded to [B, H, N, d], and their mask; tokens behind the last sequence go."""
+    lengths = cu_seqlens.diff().tolist()
+    padded = [pad_sequence(x[: sum(lengths)].split(lengths), batch_first=True).transpose(1, 2) for x in packed]
+    return padded, torch.arange(max(lengths), device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
+
+
 def _split_heads(x, num_heads):
-    batch, tokens, width = x.shape
-    return x.reshape(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
+    """[..., N, W] -> [B, num_heads, N, d], packed [tokens, num_heads, d]."""
+    heads = x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+    return heads.transpose(1, 2) if x.dim() == 3 else heads
 
 
 def _reduce(rows, mask, reduction, classes=1):

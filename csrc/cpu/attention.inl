@@ -1,17 +1,12 @@
 // Losses between two attention maps straight from queries and keys: KL, and mean squared error of probabilities or of scores.
 //
-//   x = scale q k^T over real keys, p = softmax(x)
-//   KL row:  sum_j p_t (x_t - x_s) - (lse_t - lse_s)     d/dx_s = p_s - p_t
-//   MSE row: sum_j (p_s - p_t)^2                         d/dx_s = 2 p_s (e - sum_j p_s e), e = p_s - p_t
-//   of scores: sum_j (x_s - x_t)^2                       d/dx_s = 2 (x_s - x_t)            (where attention_mse.inl cannot)
+//   x = scale q k^T + bias / T over the keys that a query sees, the loss and dx of each row in attention_rows.inl
 //   dq = scale dx k, dk = scale dx^T q
 //
-// One item is one (batch, head). Its real tokens are packed (padding costs nothing afterwards), then rows of the maps are made in
-// blocks that fit the L2 cache: both scores, both softmaxes, the loss, dx in place, and dx goes into dq and dk while it is hot. So
-// the maps are computed once, in memory linear in N. Floor: 2 n^2 (d_s + d_t) + 4 n^2 d_s fp32 operations and 2 n^2 exponentials.
-//
-// Scores stay q k^T until the exponential multiplies them by |scale| * log2(e) without rounding the product: a query that is scaled
-// first carries its rounding into all scores of its row. Only the scale's sign is packed with the queries, so that maxima are maxima.
+// One item is one (batch, head), or the heads that share one head of keys. Its real tokens are packed (padding costs nothing
+// afterwards), then rows of the maps are made in blocks that fit the L2 cache: both scores, both softmaxes, the loss, dx in place, and dx
+// goes into dq and dk while it is hot. So the maps are computed once, in memory linear in N. Floor: 2 n^2 (d_s + d_t) + 4 n^2 d_s fp32
+// operations and 2 n^2 exponentials; half of it under a causal mask, where a block stops at its last query's own key.
 
 struct MapSizes {
   int64_t tokens, rows, columns;  // tokens; padded to whole tiles; the distance between rows of a map block
@@ -35,7 +30,7 @@ inline MapSizes map_sizes(const Attention& op) {
 struct MapBuffers {
   int32_t* token;  // packed row -> token
   float *q_s, *q_t, *k_s, *panels_s, *panels_t;
-  float *map_s, *map_t, *dq, *dk, *row;
+  float *map_s, *map_t, *dq, *dk, *row, *bias;
 };
 
 // Lays the buffers out in `scratch`; returns the number of floats. With a null scratch it only counts.
@@ -58,6 +53,7 @@ inline int64_t map_buffers(const Attention& op, const MapSizes& s, float* scratc
   b.dq = take(s.rows * s.depth_s);
   b.dk = take(s.rows * s.depth_s);
   b.row = take(s.depth_s > op.q_t.size ? s.depth_s : op.q_t.size);
+  b.bias = take(op.bias_s.data || op.bias_t.data ? op.tokens : 0);
   return used;
 }
 
@@ -66,167 +62,28 @@ int64_t attention_scratch(const Attention& op) {
   return map_buffers(op, map_sizes(op), nullptr, unused);
 }
 
-inline int64_t real_tokens(const Attention& op, int64_t batch, int32_t* token) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < op.tokens; ++i)
-    if (!op.mask || op.mask[batch * op.tokens + i]) token[n++] = static_cast<int32_t>(i);
-  return n;
-}
-
-inline const float* head_row(const HeadsView& x, int64_t batch, int64_t head, int64_t token, float* scratch) {
-  const int64_t offset = batch * x.stride_batch + head * x.stride_head + token * x.stride_token;
-  return as_floats(x.data, x.dtype, offset, x.stride_size, x.size, scratch);
-}
-
-// Real rows of x times `scale` into out [rows, width]; columns past the head size and rows past n (up to `rows`) are 0.
-inline void pack_rows(const HeadsView& x, int64_t batch, int64_t head, const int32_t* token, int64_t n, int64_t rows, float scale,
-                      float* out, int64_t width, float* scratch) {
-  for (int64_t r = 0; r < rows; ++r, out += width) {
-    int64_t k = 0;
-    if (r < n) {
-      const float* row = head_row(x, batch, head, token[r], scratch);
-      for (; k + W <= x.size; k += W) store(out + k, load(row + k) * scale);
-      for (; k < x.size; ++k) out[k] = row[k] * scale;
-    }
-    for (; k < width; ++k) out[k] = 0;
-  }
-}
-
-// Rows of x as columns: panel p holds rows [p * kPanel, ...) as [size, kPanel]; columns past n are 0.
-inline void pack_panels(const HeadsView& x, int64_t batch, int64_t head, const int32_t* token, int64_t n, float* out, float* scratch) {
-  for (int64_t first = 0; first < n; first += kPanel, out += kPanel * x.size) {
-    const int64_t last = first + kPanel < n ? first + kPanel : n;
-    for (int64_t r = first; r < last; ++r) {
-      const float* row = head_row(x, batch, head, token[r], scratch);
-      for (int64_t k = 0; k < x.size; ++k) out[k * kPanel + r - first] = row[k];
-    }
-    for (int64_t r = last; r < first + kPanel; ++r)
-      for (int64_t k = 0; k < x.size; ++k) out[k * kPanel + r - first] = 0;
-  }
-}
-
-// f(position, valid lanes) over n elements, whole vectors first.
-template <typename F>
-inline void for_vectors(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) f(i, W);
-  if (i < n) f(i, n - i);
-}
-
-inline vf load_up_to(const float* p, int64_t lanes, float fill) { return lanes == W ? load(p) : load_n(p, lanes, fill); }
-inline void store_up_to(float* p, vf x, int64_t lanes) { lanes == W ? store(p, x) : store_n(p, x, lanes); }
-
-// What turns differences of scores into differences of x, and into exponents of 2.
-struct RowScales {
-  vf s, t, log2_s, log2_t;
-};
-
-inline RowScales row_scales(const Attention& op) {
-  const float s = __builtin_fabsf(op.scale_s), t = __builtin_fabsf(op.scale_t);
-  return {set1(s), set1(t), set1(static_cast<float>(s * 1.4426950408889634)), set1(static_cast<float>(t * 1.4426950408889634))};
-}
-
-// One row of both maps: the loss, and where kGrad, dx (times `weight`) over `s`.
-template <bool kGrad>
-inline double kl_row(const RowScales& scale, float* s, float* t, int64_t n, float weight) {
-  const float ninf = -__builtin_inff();
-  vf max_s = set1(ninf), max_t = max_s;
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    max_s = vmax(load_up_to(s + i, lanes, ninf), max_s);
-    max_t = vmax(load_up_to(t + i, lanes, ninf), max_t);
-  });
-  const vf ms = set1(max(max_s)), mt = set1(max(max_t));
-  vf z_s = set1(0.0f), z_t = z_s, moment = z_s;
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    const vf ds = load_up_to(s + i, lanes, ninf) - ms, dt = load_up_to(t + i, lanes, ninf) - mt;
-    const vf es = exp2_scaled(ds, scale.log2_s), et = exp2_scaled(dt, scale.log2_t);
-    z_s += es;
-    z_t += et;
-    moment += weigh(et, dt * scale.t - ds * scale.s);
-    if (kGrad) {
-      store_up_to(s + i, es, lanes);
-      store_up_to(t + i, et, lanes);
-    }
-  });
-  const double zs = sum(z_s), zt = sum(z_t);
-  if (kGrad) {
-    const vf scale_s = set1(static_cast<float>(weight / zs)), scale_t = set1(static_cast<float>(weight / zt));
-    for_vectors(n, [&](int64_t i, int64_t lanes) {
-      store_up_to(s + i, load_up_to(s + i, lanes, 0) * scale_s - load_up_to(t + i, lanes, 0) * scale_t, lanes);
-    });
-  }
-  return sum(moment) / zt - __builtin_log(zt / zs);
-}
-
-template <bool kGrad>
-inline double mse_row(const RowScales& scale, float* s, float* t, int64_t n, float weight) {
-  const float ninf = -__builtin_inff();
-  vf max_s = set1(ninf), max_t = max_s;
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    max_s = vmax(load_up_to(s + i, lanes, ninf), max_s);
-    max_t = vmax(load_up_to(t + i, lanes, ninf), max_t);
-  });
-  const vf ms = set1(max(max_s)), mt = set1(max(max_t));
-  vf z_s = set1(0.0f), z_t = z_s;
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    const vf es = exp2_scaled(load_up_to(s + i, lanes, ninf) - ms, scale.log2_s);
-    const vf et = exp2_scaled(load_up_to(t + i, lanes, ninf) - mt, scale.log2_t);
-    z_s += es;
-    z_t += et;
-    store_up_to(s + i, es, lanes);
-    store_up_to(t + i, et, lanes);
-  });
-  const vf inv_s = set1(1.0f / sum(z_s)), inv_t = set1(1.0f / sum(z_t));
-  vf squares = set1(0.0f), dot = squares;
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    const vf p = load_up_to(s + i, lanes, 0) * inv_s, e = p - load_up_to(t + i, lanes, 0) * inv_t;
-    squares = fma(e, e, squares);
-    dot = fma(p, e, dot);
-    if (kGrad) {
-      store_up_to(s + i, p, lanes);
-      store_up_to(t + i, e, lanes);
-    }
-  });
-  if (kGrad) {
-    const vf mean = set1(sum(dot)), twice = set1(2 * weight);
-    for_vectors(n, [&](int64_t i, int64_t lanes) {
-      store_up_to(s + i, load_up_to(s + i, lanes, 0) * twice * (load_up_to(t + i, lanes, 0) - mean), lanes);
-    });
-  }
-  return sum(squares);
-}
-
-template <bool kGrad>
-inline double scores_row(const RowScales& scale, float* s, const float* t, int64_t n, float weight) {
-  vf squares = set1(0.0f);
-  const vf twice = set1(2 * weight);
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    const vf e = load_up_to(s + i, lanes, 0) * scale.s - load_up_to(t + i, lanes, 0) * scale.t;
-    squares = fma(e, e, squares);
-    if (kGrad) store_up_to(s + i, e * twice, lanes);
-  });
-  return sum(squares);
-}
-
-template <bool kGrad>
-inline double map_row(MapLoss kind, const RowScales& scale, float* s, float* t, int64_t n, float weight) {
-  switch (kind) {
-    case MapLoss::kKl: return kl_row<kGrad>(scale, s, t, n, weight);
-    case MapLoss::kMseProbs: return mse_row<kGrad>(scale, s, t, n, weight);
-    default: return scores_row<kGrad>(scale, s, t, n, weight);
-  }
-}
-
 inline float row_weight(const Attention& op, int64_t batch, int64_t head, int64_t token) {
-  if (!op.row_weight) return op.grad_weight;
-  return op.grad_weight * op.row_weight[batch * op.row_weight_stride_batch + head * op.row_weight_stride_head +
-                                        token * op.row_weight_stride_token];
+  return op.row_weight.data ? op.grad_weight * row_of(op.row_weight, batch, head, token) : op.grad_weight;
+}
+
+// Scores of one query that has a bias: products with the first n packed keys times `scale`, and the bias of those keys.
+inline void add_bias(const BiasView& bias, int64_t batch, int64_t head, int64_t query, const int32_t* token, int64_t n, float scale,
+                     float* row, float* scratch) {
+  const vf factor = set1(scale);
+  for_vectors(n, [&](int64_t j, int64_t lanes) { store_up_to(row + j, load_up_to(row + j, lanes, 0) * factor, lanes); });
+  const int64_t keys = n ? token[n - 1] + 1 : 0;
+  for (int64_t part = 0; part < bias.joined; ++part) {
+    const int64_t offset = batch * bias.stride_batch + (head + part) * bias.stride_head + query * bias.stride_query;
+    const float* values = as_floats(bias.data, bias.dtype, offset, bias.stride_key, keys, scratch);
+    for (int64_t j = 0; j < n; ++j) row[j] += values[token[j]] * bias.factor;
+  }
 }
 
 // Gradient rows of all tokens: a * x (+ b * y where y is not null) for the real ones, 0 for the others.
 inline void write_gradient(const Attention& op, const MapBuffers& buf, int64_t batch, int64_t head, int64_t n, void* out,
                            const HeadsView& view, const float* x, float a, const float* y, float b, int64_t width) {
   if (!out) return;
+  const int64_t begin = head_offset(view, batch, head);
   int64_t r = 0;
   for (int64_t i = 0; i < op.tokens; ++i) {
     const bool real = r < n && buf.token[r] == i;
@@ -236,58 +93,82 @@ inline void write_gradient(const Attention& op, const MapBuffers& buf, int64_t b
       store(buf.row + k, g);
     }
     r += real;
-    from_floats(buf.row, view.size, out, view.dtype, batch * view.stride_batch + head * view.stride_head + i * view.stride_token);
+    write_head_row(out, view, begin, i, buf.row);
   }
 }
 
-void attention_maps(const Attention& op, int64_t item, float* scratch) {
-  const int64_t batch = item / op.heads, head = item % op.heads;
-  const MapSizes size = map_sizes(op);
-  MapBuffers buf;
-  map_buffers(op, size, scratch, buf);
-  const int64_t n = real_tokens(op, batch, buf.token);
-  const int64_t columns = round_up(n, W), key_rows = round_up(n, kRowPad);
+// The maps of one head, from packed keys of the student: losses, and where the gradients are wanted dq, and dx^T q in dk, or added to
+// what is there.
+inline double head_maps(const Attention& op, const MapSizes& size, const MapBuffers& buf, int64_t batch, int64_t head, int64_t n,
+                        bool add) {
+  const int64_t head_t = op.head_map ? op.head_map[head] : head;
   const bool grad = op.grad_q || op.grad_k;
+  const bool normalized = op.lse_s.data && op.lse_t.data && op.scale_s != 0 && op.scale_t != 0;
   const RowScales scale = row_scales(op);
-  float* losses = op.row_loss ? op.row_loss + item * op.tokens : nullptr;
-  if (losses)
-    for (int64_t i = 0; i < op.tokens; ++i) losses[i] = 0;
-
-  pack_rows(op.q_s, batch, head, buf.token, n, key_rows, op.scale_s < 0 ? -1 : 1, buf.q_s, size.depth_s, buf.row);
-  pack_rows(op.q_t, batch, head, buf.token, n, key_rows, op.scale_t < 0 ? -1 : 1, buf.q_t, op.q_t.size, buf.row);
-  pack_panels(op.k_s, batch, head, buf.token, n, buf.panels_s, buf.row);
-  pack_panels(op.k_t, batch, head, buf.token, n, buf.panels_t, buf.row);
-  if (grad) pack_rows(op.k_s, batch, head, buf.token, n, key_rows, 1, buf.k_s, size.depth_s, buf.row);
+  pack_rows(op.q_s, batch, head, buf.token, n, round_up(n, kRowPad), op.scale_s < 0 ? -1 : 1, buf.q_s, size.depth_s, buf.row);
+  pack_rows(op.q_t, batch, head_t, buf.token, n, round_up(n, kRowPad), op.scale_t < 0 ? -1 : 1, buf.q_t, op.q_t.size, buf.row);
+  pack_panels(op.k_t, batch, head_t, buf.token, n, buf.panels_t, buf.row);
 
   double total = 0;
   for (int64_t first = 0; first < n; first += size.block) {
     const int64_t rows = n - first < size.block ? n - first : size.block, padded = round_up(rows, kRowPad);
+    const int64_t keys = op.causal ? first + rows : n, columns = round_up(keys, W);
     gemm<false>(padded, columns, op.q_s.size, buf.q_s + first * size.depth_s, size.depth_s, 1, buf.panels_s, kPanel,
                 kPanel * op.q_s.size, buf.map_s, size.columns);
     gemm<false>(padded, columns, op.q_t.size, buf.q_t + first * op.q_t.size, op.q_t.size, 1, buf.panels_t, kPanel,
                 kPanel * op.q_t.size, buf.map_t, size.columns);
     for (int64_t r = 0; r < rows; ++r) {
       float *s = buf.map_s + r * size.columns, *t = buf.map_t + r * size.columns;
-      const int64_t token = buf.token[first + r];
-      const double loss = grad ? map_row<true>(op.kind, scale, s, t, n, row_weight(op, batch, head, token))
-                               : map_row<false>(op.kind, scale, s, t, n, 0);
-      if (losses) losses[token] = static_cast<float>(loss);
+      const int64_t token = buf.token[first + r], seen = op.causal ? first + r + 1 : n;
+      if (op.bias_s.data)
+        add_bias(op.bias_s, batch, head, token, buf.token, seen, __builtin_fabsf(op.scale_s), s, buf.bias);
+      if (op.bias_t.data)
+        add_bias(op.bias_t, batch, head_t, token, buf.token, seen, __builtin_fabsf(op.scale_t), t, buf.bias);
+      const float weight = grad ? row_weight(op, batch, head, token) : 0;
+      double loss;
+      if (normalized) {
+        const float lse_s = row_of(op.lse_s, batch, head, token), lse_t = row_of(op.lse_t, batch, head_t, token);
+        loss = grad ? normalized_row<true>(op.kind, scale, s, t, seen, weight, lse_s, lse_t)
+                    : normalized_row<false>(op.kind, scale, s, t, seen, 0, lse_s, lse_t);
+      } else {
+        loss = grad ? map_row<true>(op.kind, scale, s, t, seen, weight) : map_row<false>(op.kind, scale, s, t, seen, 0);
+      }
+      for (int64_t j = seen; j < keys; ++j) s[j] = 0;
+      if (op.row_loss.data) row_of(op.row_loss, batch, head, token) = static_cast<float>(loss);
       total += loss;
     }
     if (!grad) continue;
-    gemm<false>(padded, size.depth_s, n, buf.map_s, size.columns, 1, buf.k_s, size.depth_s, kPanel, buf.dq + first * size.depth_s,
+    gemm<false>(padded, size.depth_s, keys, buf.map_s, size.columns, 1, buf.k_s, size.depth_s, kPanel, buf.dq + first * size.depth_s,
                 size.depth_s);
-    const auto into_dk = first == 0 ? gemm<false, float> : gemm<true, float>;
-    into_dk(key_rows, size.depth_s, rows, buf.map_s, 1, size.columns, buf.q_s + first * size.depth_s, size.depth_s, kPanel, buf.dk,
-            size.depth_s);
+    const auto into_dk = first == 0 && !add ? gemm<false, float> : gemm<true, float>;
+    into_dk(round_up(keys, kRowPad), size.depth_s, rows, buf.map_s, 1, size.columns, buf.q_s + first * size.depth_s, size.depth_s, kPanel,
+            buf.dk, size.depth_s);
   }
-  if (op.item_loss) op.item_loss[item] = total;
-  if (!grad) return;
+  return total;
+}
+
+void attention_maps(const Attention& all, int64_t item, float* scratch) {
+  const int64_t groups = all.heads / all.group, batch = item / groups, first_head = item % groups * all.group;
+  const Attention op = sequence_of(all, batch);
+  const MapSizes size = map_sizes(op);
+  MapBuffers buf;
+  map_buffers(op, size, scratch, buf);
+  const int64_t n = real_tokens(op, batch, buf.token), key_rows = round_up(n, kRowPad);
+  const bool grad = op.grad_q || op.grad_k;
+  pack_panels(op.k_s, batch, first_head, buf.token, n, buf.panels_s, buf.row);
+  if (grad) {
+    pack_rows(op.k_s, batch, first_head, buf.token, n, key_rows, 1, buf.k_s, size.depth_s, buf.row);
+    if (op.causal) __builtin_memset(buf.dk, 0, key_rows * size.depth_s * sizeof(float));  // the first block sees but the first keys
+  }
   const float rest = __builtin_fabsf(op.scale_s);  // the packed queries carry the sign
-  if (op.grad_k) {
-    write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, nullptr, 0, size.depth_s);
-    write_gradient(op, buf, batch, head, n, op.grad_k, op.grad_k_view, buf.dk, rest, nullptr, 0, size.depth_s);
-  } else {
-    write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, buf.dk, rest, size.depth_s);
+  for (int64_t head = first_head; head < first_head + op.group; ++head) {
+    if (op.row_loss.data)
+      for (int64_t i = 0; i < op.tokens; ++i) row_of(op.row_loss, batch, head, i) = 0;
+    const double total = head_maps(op, size, buf, batch, head, n, op.causal || head != first_head);
+    if (op.item_loss) op.item_loss[item] = total;
+    if (!grad) continue;
+    const float* both = op.grad_k ? nullptr : buf.dk;
+    write_gradient(op, buf, batch, head, n, op.grad_q, op.grad_q_view, buf.dq, op.scale_s, both, rest, size.depth_s);
   }
+  if (grad) write_gradient(op, buf, batch, first_head, n, op.grad_k, op.grad_k_view, buf.dk, rest, nullptr, 0, size.depth_s);
 }

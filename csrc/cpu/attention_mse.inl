@@ -71,11 +71,12 @@ inline void widen_row(const float* x, int64_t n, double factor, double* out) {
 // Tokens [first, first + rows) of the packed order as rows [a * student, b * teacher] of fp64, up to `padded` rows; the rest is 0.
 inline void pack_gram(const HeadsView& student, const HeadsView& teacher, double a, double b, int64_t batch, int64_t head,
                       const int32_t* token, int64_t rows, int64_t padded, const GramSizes& s, double* out, float* scratch) {
+  const int64_t begin_s = head_offset(student, batch, head), begin_t = head_offset(teacher, batch, head);
   for (int64_t r = 0; r < padded; ++r, out += s.width) {
     int64_t k = 0;
     if (r < rows) {
-      widen_row(head_row(student, batch, head, token[r], scratch), s.d_s, a, out);
-      widen_row(head_row(teacher, batch, head, token[r], scratch), s.depth - s.d_s, b, out + s.d_s);
+      widen_row(head_row(student, begin_s, token[r], scratch), s.d_s, a, out);
+      widen_row(head_row(teacher, begin_t, token[r], scratch), s.depth - s.d_s, b, out + s.d_s);
       k = s.depth;
     }
     for (; k < s.width; ++k) out[k] = 0;
@@ -111,18 +112,15 @@ inline double gram_dot(const GramSizes& s, const double* x, const double* y, int
   return total;
 }
 
-inline void write_head_row(void* out, const HeadsView& view, int64_t batch, int64_t head, int64_t token, const float* row) {
-  from_floats(row, view.size, out, view.dtype, batch * view.stride_batch + head * view.stride_head + token * view.stride_token);
-}
-
 // factor * (chunk gram)_s, one row per token, to where the gradient of those tokens goes.
 inline void write_gram_gradient(const GramSizes& s, const GramBuffers& buf, const double* gram, double factor, int64_t batch, int64_t head,
                                 int64_t first, int64_t rows, void* out, const HeadsView& view) {
   gemm<false>(round_up(rows, kRowPad), s.gradient_width, s.depth, buf.chunk, s.width, 1, gram, s.width, kPanel / 2, buf.gradient,
               s.gradient_width);
+  const int64_t begin = head_offset(view, batch, head);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < s.d_s; ++k) buf.row[k] = static_cast<float>(buf.gradient[r * s.gradient_width + k] * factor);
-    write_head_row(out, view, batch, head, buf.token[first + r], buf.row);
+    write_head_row(out, view, begin, buf.token[first + r], buf.row);
   }
 }
 
@@ -170,18 +168,19 @@ inline void restore_gram(const GramSizes& s, const double* kept, double* gram) {
 }
 
 // The first number of the keys' matrix is a sum of squares; a negative one tells backward to make the scores in tiles as well.
-inline void attention_scores_in_tiles(const Attention& op, const GramItem& g, int64_t item, float* scratch) {
-  if (op.gram) {
+inline void attention_scores_in_tiles(const Attention& all, const GramItem& g, int64_t item, float* scratch) {
+  if (all.gram) {
     for (int64_t i = 0; i < g.s.depth * g.s.d_s; ++i) g.gram_k[i] = g.gram_q[i] = 0;
     g.gram_k[0] = -1;
   }
-  attention_maps(op, item, scratch);
+  attention_maps(all, item, scratch);
 }
 
-void attention_scores(const Attention& op, int64_t item, float* scratch) {
+void attention_scores(const Attention& all, int64_t item, float* scratch) {
+  const Attention op = sequence_of(all, item / all.heads);
   const GramItem g = gram_item(op, item, scratch);
   const GramSizes& s = g.s;
-  if (g.n < s.depth) return attention_scores_in_tiles(op, g, item, scratch);
+  if (g.n < s.depth) return attention_scores_in_tiles(all, g, item, scratch);
   for_chunks(g.n, [&](int64_t first, int64_t rows) {
     pack_queries(op, g, first, rows);
     add_gram(s, g.buf.chunk, rows, first > 0, g.buf.gram_q);
@@ -192,17 +191,18 @@ void attention_scores(const Attention& op, int64_t item, float* scratch) {
   mirror(s, g.buf.gram_k);
   const double loss = gram_dot(s, g.buf.gram_q, g.buf.gram_k, 0, s.depth);
   const double terms = gram_dot(s, g.buf.gram_q, g.buf.gram_k, 0, s.d_s) + gram_dot(s, g.buf.gram_q, g.buf.gram_k, s.d_s, s.depth);
-  if (!(loss > kGramFloor * terms)) return attention_scores_in_tiles(op, g, item, scratch);
+  if (!(loss > kGramFloor * terms)) return attention_scores_in_tiles(all, g, item, scratch);
   op.item_loss[item] = loss;
   if (!op.gram) return;
   keep_gram(s, g.buf.gram_k, g.gram_k);
   keep_gram(s, g.buf.gram_q, g.gram_q);
 }
 
-void attention_scores_backward(const Attention& op, int64_t item, float* scratch) {
+void attention_scores_backward(const Attention& all, int64_t item, float* scratch) {
+  const Attention op = sequence_of(all, item / all.heads);
   const GramItem g = gram_item(op, item, scratch);
   const GramSizes& s = g.s;
-  if (g.gram_k[0] < 0) return attention_maps(op, item, scratch);
+  if (g.gram_k[0] < 0) return attention_maps(all, item, scratch);
   restore_gram(s, g.gram_k, g.buf.gram_k);
   restore_gram(s, g.gram_q, g.buf.gram_q);
   const double twice = 2.0 * op.grad_weight;
@@ -212,12 +212,13 @@ void attention_scores_backward(const Attention& op, int64_t item, float* scratch
     pack_keys(op, g, first, rows);
     write_gram_gradient(s, g.buf, g.buf.gram_q, twice, g.batch, g.head, first, rows, op.grad_k, op.grad_k_view);
   });
+  const int64_t begin_q = head_offset(op.grad_q_view, g.batch, g.head), begin_k = head_offset(op.grad_k_view, g.batch, g.head);
   __builtin_memset(g.buf.row, 0, s.d_s * sizeof(float));
   for (int64_t i = 0, r = 0; i < op.tokens; ++i) {
     const bool real = r < g.n && g.buf.token[r] == i;
     r += real;
     if (real) continue;
-    write_head_row(op.grad_q, op.grad_q_view, g.batch, g.head, i, g.buf.row);
-    write_head_row(op.grad_k, op.grad_k_view, g.batch, g.head, i, g.buf.row);
+    write_head_row(op.grad_q, op.grad_q_view, begin_q, i, g.buf.row);
+    write_head_row(op.grad_k, op.grad_k_view, begin_k, i, g.buf.row);
   }
 }

@@ -21,6 +21,8 @@ namespace {
 #include "kd_loss_narrow.inl"
 #include "topk_kd_loss.inl"
 #include "gemm.inl"
+#include "attention_pack.inl"
+#include "attention_rows.inl"
 #include "attention.inl"
 #include "attention_mse.inl"
 #include "hidden_mse.inl"

@@ -125,7 +125,7 @@ class AttentionKlCall {
     op_.kind = MapLoss::kKl;
     op_.grad_weight = 1;
     row_loss_.resize(op_.heads * op_.tokens);
-    op_.row_loss = row_loss_.data();
+    op_.row_loss = {row_loss_.data(), 0, op_.tokens, 1};
     for (py::array_t<float>* grad : {&grad_q_, &grad_k_}) *grad = py::array_t<float>({op_.heads, op_.tokens, op_.q_s.size});
     op_.grad_q = grad_q_.mutable_data();
     op_.grad_k = grad_k_.mutable_data();

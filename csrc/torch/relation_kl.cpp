@@ -4,19 +4,22 @@
 namespace kd {
 namespace {
 
-Attention describe(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask, int64_t num_heads) {
-  Attention op{};
+AttentionCall describe(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+                       const std::optional<Tensor>& cu_seqlens, int64_t max_seqlen, int64_t num_heads) {
+  AttentionCall call;
+  Attention& op = call.op;
   op.q_s = op.k_s = split_heads(student, num_heads, "student");
   op.q_t = op.k_t = split_heads(teacher, num_heads, "teacher");
-  op.batch = student.size(0);
   op.heads = num_heads;
-  op.tokens = student.size(1);
-  STD_TORCH_CHECK(teacher.size(0) == op.batch && teacher.size(1) == op.tokens, "student and teacher must agree in batch and tokens");
-  op.mask = mask_of(mask, op.batch * op.tokens);
+  STD_TORCH_CHECK(student.dim() == (cu_seqlens ? 2 : 3), "cu_seqlens goes with packed tokens [tokens, width]");
+  STD_TORCH_CHECK(teacher.dim() == student.dim() && teacher.size(0) == student.size(0) &&
+                      (student.dim() == 2 || teacher.size(1) == student.size(1)),
+                  "student and teacher must agree in batch and tokens");
+  describe_tokens(call, student, mask, cu_seqlens, max_seqlen);
   op.scale_s = 1 / __builtin_sqrtf(static_cast<float>(op.q_s.size));
   op.scale_t = 1 / __builtin_sqrtf(static_cast<float>(op.q_t.size));
   op.kind = MapLoss::kKl;
-  return op;
+  return call;
 }
 
 void set_gradient(Attention& op, Tensor& grad) {
@@ -25,23 +28,25 @@ void set_gradient(Attention& op, Tensor& grad) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> relation_kl(const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
-                                               int64_t num_heads, int64_t reduction, bool need_grad) {
-  Attention op = describe(student, teacher, mask, num_heads);
+                                               std::optional<Tensor> cu_seqlens, int64_t max_seqlen, int64_t num_heads,
+                                               int64_t reduction, bool need_grad) {
+  AttentionCall call = describe(student, teacher, mask, cu_seqlens, max_seqlen, num_heads);
   const bool keep = need_grad && reduction != kNone;
-  Tensor grad = keep ? new_gradient(student, ScalarType::Float) : empty_saved(student);
-  if (keep) set_gradient(op, grad);
-  Tensor loss = run_kl(op, student, reduction);
+  Tensor grad = keep ? new_attention_gradient(call, student, ScalarType::Float) : empty_saved(student);
+  if (keep) set_gradient(call.op, grad);
+  Tensor loss = run_kl(call, student, reduction);
   return {loss, grad, empty_saved(student)};
 }
 
 Tensor relation_kl_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
-                            const Tensor& grad_student, const Tensor&, int64_t num_heads, int64_t reduction) {
+                            std::optional<Tensor> cu_seqlens, const Tensor& grad_student, const Tensor&, int64_t max_seqlen,
+                            int64_t num_heads, int64_t reduction) {
   if (reduction != kNone) return scale_gradient(grad, grad_student, student);
-  Attention op = describe(student, teacher, mask, num_heads);
-  Tensor out = new_gradient(student, student.scalar_type());
-  set_gradient(op, out);
-  weigh_rows(op, grad);
-  run_maps(op);
+  AttentionCall call = describe(student, teacher, mask, cu_seqlens, max_seqlen, num_heads);
+  Tensor out = new_attention_gradient(call, student, student.scalar_type());
+  set_gradient(call.op, out);
+  weigh_rows(call, grad);
+  run_maps(call.op);
   return out;
 }
 

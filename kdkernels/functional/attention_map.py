@@ -4,9 +4,8 @@ Where queries and keys are at hand, `attention_kl` and `attention_mse` need no N
 """
 
 from .. import _checks, reference
+from ..ops._common import HEAD_REDUCTION
 from ._common import ROW_REDUCTION
-
-HEAD_REDUCTION = {None: 0, "sum": 1, "mean": 2}
 
 
 def attention_map_mse(student_scores, teacher_scores, mask=None, *, head_reduction=None):

@@ -8,6 +8,7 @@ LIBRARY = Library("kdkernels", "DEF")
 KIND = {"kl": 0, "ce": 1, "reverse_kl": 2, "jsd": 3, "tv": 4}
 REDUCTION = {"none": 0, "sum": 1, "mean": 2, "batchmean": 3}
 ON = {"scores": 0, "probs": 1}
+HEAD_REDUCTION = {None: 0, "sum": 1, "mean": 2}
 NORMALIZE = {None: 0, "l2": 1, "layer_norm": 2}
 TAIL = {"renormalize": 0, "bucket": 1}
 OVER = {"hidden": 0, "token": 1}

@@ -12,22 +12,22 @@ from ._common import (
     run_backward,
 )
 
-_INPUTS = "Tensor student, Tensor teacher, Tensor? mask"
+_INPUTS = "Tensor student, Tensor teacher, Tensor? mask, Tensor? cu_seqlens"
 _SAVED = "Tensor grad_student, Tensor stats"
-_SCALARS = "int num_heads, int reduction"
+_SCALARS = "SymInt max_seqlen, int num_heads, int reduction"
 
 define(f"relation_kl({_INPUTS}, {_SCALARS}, bool need_grad) -> (Tensor loss, {_SAVED})")
 define(f"relation_kl_backward(Tensor grad, {_INPUTS}, {_SAVED}, {_SCALARS}) -> Tensor")
 
 
 @torch.library.register_fake("kdkernels::relation_kl", lib=LIBRARY)
-def _(student, teacher, mask, num_heads, reduction, need_grad):
-    batch, tokens, _ = student.shape
-    loss = student.new_empty(loss_shape(reduction, (batch, num_heads, tokens)), dtype=torch.float32)
+def _(student, teacher, mask, cu_seqlens, max_seqlen, num_heads, reduction, need_grad):
+    rows = (*student.shape[:1], num_heads, *student.shape[1:-1])
+    loss = student.new_empty(loss_shape(reduction, rows), dtype=torch.float32)
     kept = grad_in_forward(student.device, reduction, need_grad)
     grad = student.new_empty(student.shape if kept else 0, dtype=torch.float32)
     recompute = need_grad and not kept and student.device.type != "cpu"
-    stats = student.new_empty((batch, num_heads, tokens, 4) if recompute else 0, dtype=torch.float32)
+    stats = student.new_empty((*rows, 4) if recompute else 0, dtype=torch.float32)
     return loss, grad, stats
 
 
@@ -37,8 +37,8 @@ def _(grad, student, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output[1:])
-    ctx.scalars = inputs[3:5]
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.scalars = inputs[4:7]
 
 
 def _backward(ctx, grad, *_):
@@ -47,7 +47,7 @@ def _backward(ctx, grad, *_):
         grad_student = run_backward(
             torch.ops.kdkernels.relation_kl_backward.default, grad, *ctx.saved_tensors, *ctx.scalars
         )
-    return grad_student, *(None,) * 5
+    return grad_student, *(None,) * 7
 
 
 register_autograd("relation_kl", _setup_context, _backward)

@@ -6,6 +6,7 @@ NaN by a zero mask afterwards would not remove it.
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -32,6 +33,18 @@ def outside_autocast(function):
 def keep_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """x [..., D] with the rows outside mask [...] set to 0, their gradient too."""
     return x if mask is None else torch.where(mask.bool().unsqueeze(-1), x, 0)
+
+
+def sequences(cu_seqlens: torch.Tensor, *packed: torch.Tensor):
+    """Each sequence of packed tensors [tokens, heads, d] as a batch of one: its tensors [1, heads, n, d] and its mask.
+
+    Last, masked out, the tokens behind the last sequence. The result depends on every token, so that its gradient
+    does.
+    """
+    bounds = [*cu_seqlens.tolist(), packed[0].shape[0]]
+    for index, (first, last) in enumerate(itertools.pairwise(bounds)):
+        mask = torch.full((1, last - first), index < len(bounds) - 2, device=packed[0].device)
+        yield [x[first:last].transpose(0, 1)[None] for x in packed], mask
 
 
 def count(mask: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:

@@ -59,17 +59,19 @@ def token_order(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.T
 def tokens_of(count, b, N):
     """The number of real tokens of batch b."""
     if count is None:
-        return N
-    return tl.load(count + b)
+        tokens = N
+    else:
+        tokens = tl.load(count + b)
+    return tokens
 
 
 @triton.jit
 def positions(order, b, start, N, BLOCK: tl.constexpr):
     """Slots start ... start + BLOCK of batch b's order -> positions, int64 [BLOCK]; slots past N give 0."""
-    slot = start + tl.arange(0, BLOCK)
-    if order is None:
-        return slot.to(tl.int64)
-    return tl.load(order + b * N + slot, mask=slot < N, other=0).to(tl.int64)
+    at = start + tl.arange(0, BLOCK)
+    if order is not None:
+        at = tl.load(order + b * N + at, mask=at < N, other=0)
+    return at.to(tl.int64)
 
 
 @triton.jit
@@ -91,15 +93,17 @@ def load_tile(head, at, keep, first, D: tl.constexpr, BLOCK_D: tl.constexpr, DTY
 def mean_divisor(count, B, divisor, POWER: tl.constexpr):
     """divisor * sum over batches of count^POWER, at least 1; without a mask or for POWER 0 the host knows it all."""
     if count is None or POWER == 0:
-        return divisor
-    total = tl.zeros((), tl.int64)
-    for start in range(0, B, 256):
-        b = start + tl.arange(0, 256)
-        n = tl.load(count + b, mask=b < B, other=0).to(tl.int64)
-        if POWER == 2:
-            n *= n
-        total += tl.sum(n, 0)
-    return tl.maximum(divisor * total, 1)
+        total = divisor
+    else:
+        tokens = tl.zeros((), tl.int64)
+        for start in range(0, B, 256):
+            b = start + tl.arange(0, 256)
+            n = tl.load(count + b, mask=b < B, other=0).to(tl.int64)
+            if POWER == 2:
+                n *= n
+            tokens += tl.sum(n, 0)
+        total = tl.maximum(divisor * tokens, 1)
+    return total
 
 
 def host_divisor(mask: torch.Tensor | None, heads: int, batch: int, tokens: int, power: int) -> int:

@@ -18,18 +18,8 @@ import triton.language as tl
 
 from ..ops._common import ON, REDUCTION
 from . import _attention
-from ._common import (
-    LAUNCH,
-    finish,
-    head_of,
-    host_divisor,
-    load_tile,
-    mean_divisor,
-    positions,
-    register,
-    token_order,
-    tokens_of,
-)
+from ._common import LAUNCH, finish, host_divisor, mean_divisor, register
+from ._heads import head_of, load_tile, new_gradient, positions_of, row_address, sequences_of, tokens_of, view, written
 
 
 def gram_tiles() -> dict:
@@ -41,11 +31,11 @@ def gram_tiles() -> dict:
 def _load_float64(head, at, keep, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """load_tile widened. The sum over an axis of one element changes no value; it keeps Triton 3.6 from moving the
     widening of 16-bit inputs behind the layout change for the tensor cores, where its compiler fails."""
-    return tl.sum(load_tile(head, at, keep, first, D, BLOCK_D, tl.float64)[:, None, :], 1)
+    return tl.sum(load_tile(head, at, keep, first, D, D, BLOCK_D, tl.float64)[:, None, :], 1)
 
 
 @triton.jit
-def _grams(x_s, x_t, order, b, tokens, N, i, j, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_D: tl.constexpr,
+def _grams(x_s, x_t, places, b, tokens, N, i, j, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_D: tl.constexpr,
            BLOCK_N: tl.constexpr):  # fmt: skip
     """The tile (i, j) of X_s'X_s, X_t'X_s and X_t'X_t for one head, float64; 0 beyond the head sizes."""
     ss = tl.zeros((BLOCK_D, BLOCK_D), tl.float64)
@@ -53,7 +43,7 @@ def _grams(x_s, x_t, order, b, tokens, N, i, j, D_S: tl.constexpr, D_T: tl.const
     tt = tl.zeros((BLOCK_D, BLOCK_D), tl.float64)
     for start in range(0, tokens, BLOCK_N):
         keep = start + tl.arange(0, BLOCK_N) < tokens
-        at = positions(order, b, start, N, BLOCK_N)
+        at = positions_of(places, b, start, N, BLOCK_N)
         s_i = tl.trans(_load_float64(x_s, at, keep, i, D_S, BLOCK_D))
         t_i = tl.trans(_load_float64(x_t, at, keep, i, D_T, BLOCK_D))
         s_j = _load_float64(x_s, at, keep, j, D_S, BLOCK_D)
@@ -76,8 +66,7 @@ def _store_grams(grams, ss, ts, i, j, D_S: tl.constexpr, D_T: tl.constexpr, BLOC
 
 @triton.jit
 def _gram_kernel(
-    q_s, k_s, q_t, k_t, strides_qs, strides_ks, strides_qt, strides_kt, order, count, partial, grams_k, grams_q, H, N,
-    scale_s: tl.float64, scale_t: tl.float64,
+    q_s, k_s, q_t, k_t, places, partial, grams_k, grams_q, H, N, scale_s: tl.float64, scale_t: tl.float64,
     D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of one head's six Gram matrices: the loss there and, unless None, `grams` for backward."""
@@ -85,11 +74,11 @@ def _gram_kernel(
     b, h = head // H, head % H
     tiles: tl.constexpr = (max(D_S, D_T) + BLOCK_D - 1) // BLOCK_D
     i, j = tl.program_id(1) // tiles * BLOCK_D, tl.program_id(1) % tiles * BLOCK_D
-    q_s, k_s = head_of(q_s, strides_qs, b, h), head_of(k_s, strides_ks, b, h)
-    q_t, k_t = head_of(q_t, strides_qt, b, h), head_of(k_t, strides_kt, b, h)
-    tokens = tokens_of(count, b, N)
-    q_ss, q_ts, q_tt = _grams(q_s, q_t, order, b, tokens, N, i, j, D_S, D_T, BLOCK_D, BLOCK_N)
-    k_ss, k_ts, k_tt = _grams(k_s, k_t, order, b, tokens, N, i, j, D_S, D_T, BLOCK_D, BLOCK_N)
+    q_s, k_s = head_of(q_s, b, h, D_S, D_S), head_of(k_s, b, h, D_S, D_S)
+    q_t, k_t = head_of(q_t, b, h, D_T, D_T), head_of(k_t, b, h, D_T, D_T)
+    tokens = tokens_of(places, b, N)
+    q_ss, q_ts, q_tt = _grams(q_s, q_t, places, b, tokens, N, i, j, D_S, D_T, BLOCK_D, BLOCK_N)
+    k_ss, k_ts, k_tt = _grams(k_s, k_t, places, b, tokens, N, i, j, D_S, D_T, BLOCK_D, BLOCK_N)
     if grams_k is not None:
         offset = head * ((D_S + D_T) * D_S)
         _store_grams(grams_k + offset, k_ss, k_ts, i, j, D_S, D_T, BLOCK_D)
@@ -113,8 +102,8 @@ def _rows_times_gram(x, at, real, gram, column, D: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def _gram_backward_kernel(
-    x_s, x_t, strides_s, strides_t, grams, grad, order, count, out, B, H, N, scale_s: tl.float64, scale_t: tl.float64,
-    divisor: tl.int64, D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_s, x_t, grams, grad, places, out, B, H, N, scale_s: tl.float64, scale_t: tl.float64, divisor: tl.int64,
+    D_S: tl.constexpr, D_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N rows and BLOCK_D columns of d x_s; `grams` are those of the other operand."""
     tiles = tl.cdiv(N, BLOCK_N)
@@ -123,69 +112,71 @@ def _gram_backward_kernel(
     b, h = head // H, head % H
     grams += head * ((D_S + D_T) * D_S)
     slot = start + tl.arange(0, BLOCK_N)
-    real = slot < tokens_of(count, b, N)
-    at = positions(order, b, start, N, BLOCK_N)
+    tokens = tokens_of(places, b, N)
+    real = slot < tokens
+    at = positions_of(places, b, start, N, BLOCK_N)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    student = _rows_times_gram(head_of(x_s, strides_s, b, h), at, real, grams, column, D_S, D_S, BLOCK_D)
-    teacher = _rows_times_gram(head_of(x_t, strides_t, b, h), at, real, grams + D_S * D_S, column, D_T, D_S, BLOCK_D)
+    student = _rows_times_gram(head_of(x_s, b, h, D_S, D_S), at, real, grams, column, D_S, D_S, BLOCK_D)
+    teacher = _rows_times_gram(head_of(x_t, b, h, D_T, D_T), at, real, grams + D_S * D_S, column, D_T, D_S, BLOCK_D)
 
-    weight = 2.0 * scale_s * tl.load(grad).to(tl.float64) / mean_divisor(count, B, divisor, 2).to(tl.float64)
+    weight = 2.0 * scale_s * tl.load(grad).to(tl.float64) / mean_divisor(places[1], B, divisor, 2).to(tl.float64)
     value = tl.where(real[:, None], (scale_s * student - scale_t * teacher) * weight, 0.0)
-    inside = (slot < N)[:, None] & (column < D_S)[None, :]
-    address = out + (head * N + at)[:, None] * D_S + column[None, :]
-    tl.store(address, value.to(tl.float32).to(out.dtype.element_ty), mask=inside)
+    inside = (slot < written(places, tokens, N))[:, None] & (column < D_S)[None, :]
+    address = row_address(head_of(out, b, h, D_S, D_S), at, column, D_S, D_S, 1, 0)
+    tl.store(address, value.to(tl.float32).to(out[0].dtype.element_ty), mask=inside)
 
 
-def _scores_forward(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, need_grad):
+def _scores_forward(q_s, k_s, q_t, k_t, sequences, scale_s, scale_t, need_grad):
     """(loss, stats): Grams of K, for d Q, and of Q, float64 [2, B, H, d_s + d_t, d_s]; empty if not need_grad."""
-    batch, heads, tokens, d_s = q_s.shape
-    d_t, sizes = q_t.shape[3], gram_tiles()
-    order, count = token_order(mask)
+    heads, d_s, d_t, sizes = q_s.shape[1], q_s.shape[-1], q_t.shape[-1], gram_tiles()
     tiles = triton.cdiv(max(d_s, d_t), sizes["BLOCK_D"]) ** 2
-    partial = q_s.new_empty(batch * heads * tiles, dtype=torch.float64)
+    partial = q_s.new_empty(sequences.batch * heads * tiles, dtype=torch.float64)
     stats = grams_k = grams_q = None
     if need_grad:
-        stats = q_s.new_empty((2, batch, heads, d_s + d_t, d_s), dtype=torch.float64)
+        stats = q_s.new_empty((2, sequences.batch, heads, d_s + d_t, d_s), dtype=torch.float64)
         grams_k, grams_q = stats
-    _gram_kernel[(batch * heads, tiles)](
-        q_s, k_s, q_t, k_t, q_s.stride(), k_s.stride(), q_t.stride(), k_t.stride(), order, count, partial,
-        grams_k, grams_q, heads, tokens, scale_s, scale_t, D_S=d_s, D_T=d_t, **sizes, **LAUNCH,
+    _gram_kernel[(sequences.batch * heads, tiles)](
+        view(q_s), view(k_s), view(q_t), view(k_t), sequences.places, partial, grams_k, grams_q, heads,
+        sequences.tokens, scale_s, scale_t, D_S=d_s, D_T=d_t, **sizes, **LAUNCH,
     )  # fmt: skip
-    loss = finish(partial, count, host_divisor(mask, heads, batch, tokens, 2), 2)
+    divisor = host_divisor(sequences.count, heads, sequences.batch, sequences.tokens, 2)
+    loss = finish(partial, sequences.count, divisor, 2)
     return loss, q_s.new_empty(0, dtype=torch.float32) if stats is None else stats
 
 
-def _scores_backward(grad, q_s, k_s, q_t, k_t, mask, stats, scale_s, scale_t):
-    batch, heads, tokens, d_s = q_s.shape
-    sizes = gram_tiles()
+def _scores_backward(grad, q_s, k_s, q_t, k_t, sequences, stats, scale_s, scale_t):
+    heads, d_s, d_t, sizes = q_s.shape[1], q_s.shape[-1], q_t.shape[-1], gram_tiles()
+    batch, tokens = sequences.batch, sequences.tokens
     grid = batch * heads * triton.cdiv(tokens, sizes["BLOCK_N"]), triton.cdiv(d_s, sizes["BLOCK_D"])
-    order, count = token_order(mask)
-    divisor = host_divisor(mask, heads, batch, tokens, 2)
-    grads = q_s.new_empty(q_s.shape), k_s.new_empty(k_s.shape)
+    divisor = host_divisor(sequences.count, heads, batch, tokens, 2)
+    grads = new_gradient(q_s, sequences.packed), new_gradient(k_s, sequences.packed)
     for x_s, x_t, grams, out in zip((q_s, k_s), (q_t, k_t), stats, grads, strict=True):
         _gram_backward_kernel[grid](
-            x_s, x_t, x_s.stride(), x_t.stride(), grams, grad, order, count, out, batch, heads, tokens,
-            scale_s, scale_t, divisor, D_S=d_s, D_T=x_t.shape[3], **sizes, **LAUNCH,
+            view(x_s), view(x_t), grams, grad, sequences.places, view(out), batch, heads, tokens, scale_s, scale_t,
+            divisor, D_S=d_s, D_T=d_t, **sizes, **LAUNCH,
         )  # fmt: skip
     return grads
 
 
-def attention_mse(q_s, k_s, q_t, k_t, mask, on, scale_s, scale_t, need_grad):
+def attention_mse(q_s, k_s, q_t, k_t, mask, cu_seqlens, max_seqlen, on, scale_s, scale_t, need_grad):
+    sequences = sequences_of(q_s, mask, cu_seqlens, max_seqlen)
     if on == ON["scores"]:
-        loss, stats = _scores_forward(q_s, k_s, q_t, k_t, mask, scale_s, scale_t, need_grad)
+        loss, stats = _scores_forward(q_s, k_s, q_t, k_t, sequences, scale_s, scale_t, need_grad)
     else:
-        loss, stats = _attention.forward(
-            q_s, k_s, q_t, k_t, mask, _attention.PROBS, scale_s, scale_t, REDUCTION["mean"], need_grad
-        )
+        maps = _attention.Maps(q_s, k_s, q_t, k_t, sequences, _attention.PROBS, scale_s, scale_t)
+        loss, stats = _attention.forward(maps, REDUCTION["mean"], need_grad)
     return loss, loss.new_empty(0), loss.new_empty(0), stats
 
 
-def attention_mse_backward(grad, q_s, k_s, q_t, k_t, mask, grad_q, grad_k, stats, on, scale_s, scale_t):
+def attention_mse_backward(
+    grad, q_s, k_s, q_t, k_t, mask, cu_seqlens, grad_q, grad_k, stats, max_seqlen, on, scale_s, scale_t
+):
+    sequences = sequences_of(q_s, mask, cu_seqlens, max_seqlen)
     if on == ON["scores"]:
-        return _scores_backward(grad, q_s, k_s, q_t, k_t, mask, stats, scale_s, scale_t)
-    d_q, d_k = q_s.new_empty(q_s.shape), k_s.new_empty(k_s.shape)
-    mean = REDUCTION["mean"]
-    _attention.backward(grad, q_s, k_s, q_t, k_t, mask, stats, _attention.PROBS, scale_s, scale_t, mean, d_q, d_k)
+        return _scores_backward(grad, q_s, k_s, q_t, k_t, sequences, stats, scale_s, scale_t)
+    d_q, d_k = new_gradient(q_s, sequences.packed), new_gradient(k_s, sequences.packed)
+    maps = _attention.Maps(q_s, k_s, q_t, k_t, sequences, _attention.PROBS, scale_s, scale_t)
+    _attention.backward(maps, grad, stats, REDUCTION["mean"], d_q, d_k)
     return d_q, d_k
 
 

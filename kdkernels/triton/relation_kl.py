@@ -8,26 +8,34 @@ import torch
 
 from . import _attention
 from ._common import register
+from ._heads import new_gradient, sequences_of
 
 
 def _heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """[B, N, W] -> the view [B, num_heads, N, W / num_heads]."""
-    return x.unflatten(2, (num_heads, x.shape[2] // num_heads)).transpose(1, 2)
+    """[B, N, W] -> the view [B, num_heads, N, d], packed [tokens, W] -> [tokens, num_heads, d]."""
+    split = x.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
+    return split if x.dim() == 2 else split.transpose(1, 2)
 
 
-def relation_kl(student, teacher, mask, num_heads, reduction, need_grad):
+def _maps(student, teacher, mask, cu_seqlens, max_seqlen, num_heads):
     s, t = _heads(student, num_heads), _heads(teacher, num_heads)
-    loss, stats = _attention.forward(
-        s, s, t, t, mask, _attention.KL, s.shape[3] ** -0.5, t.shape[3] ** -0.5, reduction, need_grad
-    )
+    sequences = sequences_of(student, mask, cu_seqlens, max_seqlen)
+    return _attention.Maps(s, s, t, t, sequences, _attention.KL, s.shape[-1] ** -0.5, t.shape[-1] ** -0.5)
+
+
+def relation_kl(student, teacher, mask, cu_seqlens, max_seqlen, num_heads, reduction, need_grad):
+    maps = _maps(student, teacher, mask, cu_seqlens, max_seqlen, num_heads)
+    loss, stats = _attention.forward(maps, reduction, need_grad)
     return loss, stats.new_empty(0), stats
 
 
-def relation_kl_backward(grad, student, teacher, mask, grad_student, stats, num_heads, reduction):
-    s, t = _heads(student, num_heads), _heads(teacher, num_heads)
-    d_student = student.new_empty(student.shape)
-    out, scales = _heads(d_student, num_heads), (s.shape[3] ** -0.5, t.shape[3] ** -0.5)
-    _attention.backward(grad, s, s, t, t, mask, stats, _attention.KL, *scales, reduction, out, out)
+def relation_kl_backward(
+    grad, student, teacher, mask, cu_seqlens, grad_student, stats, max_seqlen, num_heads, reduction
+):
+    maps = _maps(student, teacher, mask, cu_seqlens, max_seqlen, num_heads)
+    d_student = new_gradient(student, maps.sequences.packed)
+    out = _heads(d_student, num_heads)
+    _attention.backward(maps, grad, stats, reduction, out, out)
     return d_student
 
 

@@ -3,14 +3,19 @@
 from ..case import Call, Case, Target
 from ._common import KIB, case_of
 
+_SHAPE_KEYS = ("heads_t", "kv_s", "kv_t", "bias_s", "bias_t", "lse", "packed")
+
 
 def attention(op, name, why, tokens=41, d_s=8, d_t=12, *, batch=2, heads=3, **given) -> Case:
+    """`given`: what python_tests.case says of a shape, fields of Case, and options of the op."""
     shape = {"batch": batch, "heads": heads, "tokens": tokens, "d_s": d_s, "d_t": d_t}
+    shape |= {key: given.pop(key) for key in _SHAPE_KEYS if key in given}
     return case_of(op, name, why, shape, given)
 
 
 def relation(name, why, tokens=41, w_s=24, w_t=36, *, batch=2, num_heads=3, **given) -> Case:
     shape = {"batch": batch, "tokens": tokens, "w_s": w_s, "w_t": w_t}
+    shape |= {key: given.pop(key) for key in ("packed",) if key in given}
     return case_of("relation_kl", name, why, shape, {"num_heads": num_heads, **given})
 
 
@@ -36,17 +41,56 @@ _SHAPES = [
     dict(name="scaled", why="own scales instead of 1 / sqrt(d)", scale_s=0.7, scale_t=0.2),
 ]  # fmt: skip
 
-ATTENTION_KL = [attention("attention_kl", **row) for row in _SHAPES] + [
+_PACKED = [
+    dict(name="packed", why="sequences one behind the other, one empty, one of a token", tokens=63,
+         packed=(22, 0, 1, 40)),
+    dict(name="packed_long", why="one more than a tile, and tokens behind the last", tokens=140, packed=(65, 70),
+         max_seqlen=70),
+]  # fmt: skip
+
+ATTENTION_KL = [attention("attention_kl", **row) for row in _SHAPES + _PACKED] + [
     attention("attention_kl", "temperature", "divides the scores, no T^2", temperature=2.5),
     attention("attention_kl", "none", "a value per (batch, head, query)", reduction="none", mask=(41, 9)),
     attention("attention_kl", "none_holes", "the same with holes, backward per row", reduction="none", mask="holes"),
     attention("attention_kl", "sum", "no division", reduction="sum", mask=(41, 9)),
-]
+    attention("attention_kl", "reverse", "KL(student || teacher)", kind="reverse_kl", temperature=1.5),
+    attention("attention_kl", "reverse_near", "the same near the teacher", kind="reverse_kl", d_t=8, near=1e-2),
+    attention("attention_kl", "reverse_none", "its rows", kind="reverse_kl", reduction="none", mask="holes"),
+    attention("attention_kl", "head_sum", "other numbers of heads", heads=4, heads_t=3, head_reduction="sum", d_s=6),
+    attention("attention_kl", "head_mean", "MiniLM from TextBrewer's attention_ce_mean", heads_t=2, mask=(41, 9),
+              head_reduction="mean", kind="reverse_kl", temperature=0.1),
+    attention("attention_kl", "head_mean_none", "a row for all heads", head_reduction="mean", reduction="none",
+              mask="holes", temperature=0.1),
+    attention("attention_kl", "head_map", "a teacher's head for each", heads_t=5, head_map=[4, 0, 4]),
+    attention("attention_kl", "causal", "queries see the past", 129, causal=True),
+    attention("attention_kl", "causal_holes", "the same with holes and rows", 70, batch=3, causal=True, mask="holes",
+              reduction="none"),
+    attention("attention_kl", "bias", "a bias per head of one, broadcast of the other", bias_s=(3, 41, 41),
+              bias_t=(2, 1, 1, 41), mask=(41, 9), temperature=2.0),
+    attention("attention_kl", "bias_long", "one more than a tile, in the past", 129, heads=2, bias_s=(129, 129),
+              causal=True, kind="reverse_kl"),
+    attention("attention_kl", "bias_head_sum", "summed over heads with the scores", bias_s=(3, 41, 41),
+              bias_t=(2, 1, 41, 41), head_reduction="sum", temperature=3.0),
+    attention("attention_kl", "grouped", "heads share keys, other heads in the teacher", heads=4, kv_s=2, kv_t=1),
+    attention("attention_kl", "grouped_mapped", "and explicit heads", 70, heads=4, kv_s=2, heads_t=6, kv_t=3,
+              head_map=[5, 0, 1, 5], mask=(70, 30)),
+    attention("attention_kl", "grouped_joined", "keys that a sum over heads meets twice", 70, 12, 24, heads=4, kv_s=2,
+              heads_t=2, kv_t=1, head_reduction="mean", mask=(70, 30)),
+    attention("attention_kl", "grouped_causal_none", "rows, in the past", heads=4, kv_s=1, causal=True,
+              reduction="none", mask=(41, 9), layout="transposed"),
+    attention("attention_kl", "lse", "what the models' own attention left", lse=True, mask=(41, 9), temperature=1.5),
+    attention("attention_kl", "lse_reverse", "the same in the past", 70, lse=True, kind="reverse_kl", causal=True),
+    attention("attention_kl", "packed_none", "rows of packed sequences", 63, packed=(22, 1, 36), reduction="none"),
+    attention("attention_kl", "packed_all", "packed, grouped, biased, in the past", 63, heads=4, kv_s=2, causal=True,
+              packed=(22, 1, 36), max_seqlen=40, bias_s=(3, 1, 40, 40), layout="sliced"),
+    attention("attention_kl", "packed_joined", "packed rows for all heads", 63, packed=(22, 1, 36), heads_t=2,
+              head_reduction="sum", reduction="none", kind="reverse_kl"),
+]  # fmt: skip
 
 ATTENTION_MSE = [
     attention("attention_mse", **{**row, "name": f"{on}_{row['name']}"}, on=on)
     for on in ("scores", "probs")
-    for row in _SHAPES
+    for row in _SHAPES + _PACKED
 ]
 
 RELATION_KL = [
@@ -68,7 +112,10 @@ RELATION_KL = [
     relation("none", "a value per (batch, head, token)", reduction="none", mask=(41, 9)),
     relation("none_holes", "the same with holes, backward per row", reduction="none", mask="holes"),
     relation("sum", "no division", reduction="sum"),
-]
+    relation("packed", "sequences one behind the other", tokens=63, packed=(22, 0, 1, 40)),
+    relation("packed_none", "rows, one more than a tile, tokens behind", 140, packed=(65, 70), max_seqlen=70,
+             reduction="none"),
+]  # fmt: skip
 
 
 def _linear_in_tokens(call: Call) -> int:
