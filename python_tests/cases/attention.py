@@ -149,6 +149,10 @@ CPU = [
         Target(eager=12, compile=5, memory=_independent_of_tokens),
     ),
     (
+        attention("attention_mse", "scores_n4096", "the same, long", 4096, 26, 64, batch=1, heads=12, on="scores"),
+        Target(eager=60, compile=20, memory=_independent_of_tokens),
+    ),
+    (
         attention("attention_mse", "probs_n512", "TinyBERT4, BERT", 512, 26, 64, batch=4, heads=12, on="probs"),
         Target(eager=6, compile=2.5, memory=_linear_in_tokens),
     ),
