@@ -1,4 +1,4 @@
-"""What the Triton kernels share: registration, the order of real tokens, tile loads and the final sum.
+"""What the Triton kernels share: registration, the order of real tokens and the final sum.
 
 Padding is skipped by compaction. One small kernel turns mask [B, N] into `order` [B, N], the positions of the real
 tokens first and of the padded ones after them, and `count` [B]; the other kernels walk through `order`, stop at
@@ -56,37 +56,12 @@ def token_order(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.T
 
 
 @triton.jit
-def tokens_of(count, b, N):
-    """The number of real tokens of batch b."""
-    if count is None:
-        tokens = N
-    else:
-        tokens = tl.load(count + b)
-    return tokens
-
-
-@triton.jit
 def positions(order, b, start, N, BLOCK: tl.constexpr):
     """Slots start ... start + BLOCK of batch b's order -> positions, int64 [BLOCK]; slots past N give 0."""
     at = start + tl.arange(0, BLOCK)
     if order is not None:
         at = tl.load(order + b * N + at, mask=at < N, other=0)
     return at.to(tl.int64)
-
-
-@triton.jit
-def head_of(x, strides, b, h):
-    """One head of [B, H, N, ...]: (pointer, strides), which is what `load_tile` reads from."""
-    return x + b * strides[0] + h * strides[1], strides
-
-
-@triton.jit
-def load_tile(head, at, keep, first, D: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows `at` of a head [N, D], columns first ... first + BLOCK_D -> [rows, BLOCK_D], 0 where not kept."""
-    pointer, strides = head
-    column = first + tl.arange(0, BLOCK_D)
-    address = pointer + at[:, None] * strides[2] + column[None, :].to(tl.int64) * strides[3]
-    return tl.load(address, mask=keep[:, None] & (column < D)[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
