@@ -10,6 +10,8 @@ import torch
 
 from kdkernels import _native, functional
 from kdkernels.ops._common import KIND
+from kdkernels.ops.quant_linear import ACTIVATION
+from kdkernels.quant import NAMED, pack
 from python_tests.case import OPS, upstream
 from python_tests.cases import of
 
@@ -36,6 +38,25 @@ def test_kd_loss_kernel(benchmark, direction, isa, shape, dtype, kind):
     call.forward()
     benchmark.extra_info["bytes"] = student.nbytes * (2 if direction == "forward" else 3)
     benchmark(getattr(call, direction))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"], ids=str)
+@pytest.mark.parametrize("scheme", list(NAMED))
+@pytest.mark.parametrize("shape", [(1, 768, 3072), (16, 768, 3072), (128, 768, 3072), (1024, 768, 768)], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_quant_linear_kernel(benchmark, isa, shape, scheme, activation):
+    """Rows x in x out features, activations quantised outside of the clock; `percent_of_ceiling` of the ISA's int8."""
+    rows, columns, features = shape
+    random = numpy.random.default_rng(0)
+    weight = torch.from_numpy(random.standard_normal((64, columns), dtype=numpy.float32))
+    packed = pack(weight.repeat(features // 64, 1), scheme)
+    x = random.standard_normal((rows, columns), dtype=numpy.float32)
+    call = _native.QuantLinearCall(isa, x, packed.blob.numpy(), activation=ACTIVATION[activation])
+    benchmark(call.run)
+    if isa != "generic" and benchmark.stats is not None:
+        ceiling = _native.measure("int8", threads=1, isa=isa) * 1e9
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info["percent_of_ceiling"] = 100 * 2 * rows * columns * features / seconds / ceiling
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "forward_backward"])

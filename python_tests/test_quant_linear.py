@@ -320,3 +320,18 @@ def test_the_op_protects_memory():
         op(x[:, :7], packed.prepared, None, None, 6, 0, True, 0.0)
     with pytest.raises(RuntimeError, match="x and out_features"):
         op(x, packed.prepared, None, None, 7, 0, True, 0.0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_raw_kernel(isa, scheme):
+    """What microbenchmarks time computes the same."""
+    x, weight, bias, _ = draw(70, 96, 130)
+    packed = pack(weight, scheme)
+    call = _native.QuantLinearCall(isa, x.numpy(), packed.blob.numpy(), activation=ACTIVATION["gelu"])
+    truth = reference.quant_linear(x, packed, activation="gelu")
+    assert_close(torch.from_numpy(call.run()), truth, magnitude(x, packed, torch.zeros(130), torch.zeros(130)))
+    with pytest.raises(ValueError, match="packed has not the size"):
+        _native.QuantLinearCall(isa, x.numpy(), packed.blob[:-64].numpy())
+    with pytest.raises(ValueError, match="x must be"):
+        _native.QuantLinearCall(isa, x[:, :5].numpy(), packed.blob.numpy())

@@ -41,7 +41,7 @@ enum class Group : uint8_t { kChannel = 0, kOut = 1, kIn = 2, kBlock = 3 };
 
 constexpr int64_t kPackedHeader = 64, kPackedAlign = 64;
 constexpr int64_t kCodeRun = 32;                  // columns whose codes lie together
-constexpr int64_t kMaxColumns = 65536;            // sums of 8-bit products stay within int32
+constexpr int64_t kMaxColumns = 32768;            // sums of 8-bit products, and every part of one, stay within int32
 constexpr uint16_t kPackedVersion = 1;
 
 inline int64_t packed_round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -61,9 +61,43 @@ inline vf activate(vf x, const float* curve) {
   }
 }
 
-// 64 sums of a row, times `scale`, to the output. `bias` is readable for 64 floats.
-template <Activation kActivation>
-inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m, const float* sums, float scale, const float* bias) {
+// What finish_row reads of a block's sums: 16 lanes or fewer of row m, from column n on.
+struct FloatSums {
+  const float* sums;
+  vf operator()(int64_t m, int64_t n) const { return load(sums + m * kPanelRows + n); }
+};
+
+// int32 sums of a segment without the weights' zeros, times their scales.
+struct IntegerSums {
+  const int32_t* sums;
+  const float* scales;
+  const int32_t* zeros;   // of the panel
+  const int32_t* a_sums;  // of the block's first row; null: no zeros
+  int64_t segments;
+
+  IntegerSums(const QuantLinear& op, const QuantBlock& block, int64_t segment, const int32_t* sums) : sums(sums) {
+    const int64_t at = (segment * op.weights.panels + block.panel) * kPanelRows;
+    segments = op.weights.segments;
+    scales = op.weights.scales + at;
+    zeros = op.a_sums ? op.weights.zeros + at : nullptr;
+    a_sums = op.a_sums ? op.a_sums + block.first * segments + segment : nullptr;
+  }
+
+  vf operator()(int64_t m, int64_t n) const {
+    vi32 sum;
+    __builtin_memcpy(&sum, sums + m * kPanelRows + n, sizeof(sum));
+    if (a_sums) {
+      vi32 zero;
+      __builtin_memcpy(&zero, zeros + n, sizeof(zero));
+      sum -= zero * a_sums[m * segments];
+    }
+    return __builtin_convertvector(sum, vf) * load(scales + n);
+  }
+};
+
+// A row's 64 columns of a panel, times `scale`, to the output. `bias` is readable for 64 floats.
+template <Activation kActivation, typename Sums>
+inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m, const Sums& sums, float scale, const float* bias) {
   const int64_t row = block.first + m, at = row * op.weights.rows + block.panel * kPanelRows;
   alignas(64) float result[kPanelRows], other[kPanelRows];
   const bool direct = op.x.dtype == DType::kF32 && block.columns == kPanelRows;
@@ -82,20 +116,21 @@ inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m
   const vf times = set1(scale);
 #pragma GCC unroll 4
   for (int64_t n = 0; n < kPanelRows; n += W) {
-    vf y = activate<kActivation>(fma(load(sums + n), times, load(bias + n)), op.curve);
+    vf y = activate<kActivation>(fma(sums(m, n), times, load(bias + n)), op.curve);
     if (residual) y += load(residual + n);
     store(out + n, y);
   }
   if (!direct) from_floats(result, block.columns, op.out, op.x.dtype, at);
 }
 
-template <Activation kActivation>
-inline void finish_rows(const QuantLinear& op, const QuantBlock& block, const float* sums, const float* scales, const float* bias) {
+template <Activation kActivation, typename Sums>
+inline void finish_rows(const QuantLinear& op, const QuantBlock& block, const Sums& sums, const float* scales, const float* bias) {
   for (int64_t m = 0; m < block.rows; ++m)
-    finish_row<kActivation>(op, block, m, sums + m * kPanelRows, scales ? scales[block.first + m] : 1.0f, bias);
+    finish_row<kActivation>(op, block, m, sums, scales ? scales[block.first + m] : 1.0f, bias);
 }
 
-inline void finish(const QuantLinear& op, const QuantBlock& block, const float* sums, const float* scales) {
+template <typename Sums>
+inline void finish(const QuantLinear& op, const QuantBlock& block, const Sums& sums, const float* scales) {
   alignas(64) float bias[kPanelRows] = {};
   if (op.bias) {
     const float* given = as_floats(op.bias, op.bias_dtype, block.panel * kPanelRows, 1, block.columns, bias);
@@ -106,28 +141,6 @@ inline void finish(const QuantLinear& op, const QuantBlock& block, const float* 
     case Activation::kRelu: return finish_rows<Activation::kRelu>(op, block, sums, scales, bias);
     case Activation::kTanh: return finish_rows<Activation::kTanh>(op, block, sums, scales, bias);
     default: return finish_rows<Activation::kGelu>(op, block, sums, scales, bias);
-  }
-}
-
-// int32 sums of a segment to floats, without zeros, times the weights' scales; in place, or added to `total`.
-inline void scale_sums(const QuantLinear& op, const QuantBlock& block, int64_t segment, int32_t* sums, float* total) {
-  const QuantWeights& w = op.weights;
-  const int64_t at = segment * w.panels * kPanelRows + block.panel * kPanelRows;
-  for (int64_t m = 0; m < block.rows; ++m, sums += kPanelRows) {
-    const int32_t times = op.a_sums ? op.a_sums[(block.first + m) * w.segments + segment] : 0;
-    float* out = total ? total + m * kPanelRows : reinterpret_cast<float*>(sums);
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < kPanelRows; n += W) {
-      vi32 sum;
-      __builtin_memcpy(&sum, sums + n, sizeof(sum));
-      if (op.a_sums) {
-        vi32 zeros;
-        __builtin_memcpy(&zeros, w.zeros + at + n, sizeof(zeros));
-        sum -= zeros * times;
-      }
-      const vf scaled = __builtin_convertvector(sum, vf) * load(w.scales + at + n);
-      store(out + n, total && segment > 0 ? load(out + n) + scaled : scaled);
-    }
   }
 }
 
@@ -154,9 +167,15 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
       const uint8_t* ahead = w.codes + ((block.panel * w.depth + k + columns) * kPanelRows) * w.bits / 8;
       integer_gemm(w, block.panel, k, block.rows, columns, op.a + block.first * w.depth + k, w.depth, part, ahead, sums);
     }
-    scale_sums(op, block, segment, sums, total);
+    const IntegerSums scaled(op, block, segment, sums);
+    if (!total) return finish(op, block, scaled, op.a_scale);
+    for (int64_t m = 0; m < block.rows; ++m)
+      for (int64_t n = 0; n < kPanelRows; n += W) {
+        float* to = total + m * kPanelRows + n;
+        store(to, segment > 0 ? load(to) + scaled(m, n) : scaled(m, n));
+      }
   }
-  finish(op, block, total ? total : reinterpret_cast<float*>(sums), op.a_scale);
+  finish(op, block, FloatSums{total}, op.a_scale);
 }
 
 // Weight-only: the same items with float32 products; weights are unpacked and widened kFloatChunk columns at a time.
@@ -222,5 +241,5 @@ void quant_linear_float(const QuantLinear& op, int64_t item, float* scratch) {
       for (; m < block.rows; ++m) float_tile<1>(columns, x + m * kFloatChunk, kFloatChunk, weights, sums + m * kPanelRows);
     }
   }
-  finish(op, block, sums, nullptr);
+  finish(op, block, FloatSums{sums}, nullptr);
 }

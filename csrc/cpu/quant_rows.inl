@@ -67,8 +67,7 @@ inline void quantize_row(const QuantLinear& op, int64_t row, float* scratch) {
     const vf inverse = set1(1.0f / scale), most = set1(127.0f);
     const auto code = [&](vf part) {
       part = part * inverse;
-      part = part > most ? most : part;
-      return part < -most ? -most : part;
+      return vmax(-most, -vmax(-most, -part));
     };
     for (; k + W <= w.columns; k += W) store_codes(a + k, code(load(x + k)));
     if (k < w.columns) {

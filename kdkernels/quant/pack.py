@@ -20,7 +20,7 @@ def pack(weight: torch.Tensor, scheme: Scheme | str = "int8", *, importance=None
     """Quantises `weight` [out features, in features] (as torch.nn.Linear's), on its device.
 
     Args:
-        weight: float32, bfloat16, float16 or float64, finite, at most 65536 in features.
+        weight: float32, bfloat16, float16 or float64, finite, at most 32768 in features.
         scheme: a Scheme, or "int8" (a scale per output feature), "int4", "int3", "int2" (blocks of 32 in features, each
             with its own zero); all with 8-bit activations.
         importance: [in features], how much the squared error of each column counts, such as the mean square of that

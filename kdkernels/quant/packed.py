@@ -13,7 +13,7 @@ MAGIC, VERSION = b"KDQW", 1
 _HEADER = struct.Struct("<4sHBBBBHIqqq24x")
 _CHECKSUM = slice(12, 16)
 _ALIGN = 64
-MAX_COLUMNS = 65536
+MAX_COLUMNS = 32768
 
 
 @dataclass(frozen=True)
