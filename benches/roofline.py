@@ -136,5 +136,7 @@ _WORK = {
     "attention_mse": _attention_mse,
     "relation_kl": _relation_kl,
     "hidden_mse": _hidden_mse,
+    "hidden_cosine": _hidden_mse,
+    "moment_mse": _hidden_mse,
     "tinybert_step": _tinybert_step,
 }

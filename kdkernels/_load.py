@@ -14,7 +14,15 @@ from . import ops
 
 _PACKAGE = Path(__file__).parent
 _CPU_FAMILIES = ("quant_linear",)
-_TRITON_FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "relation_kl", "topk_kd_loss")
+_TRITON_FAMILIES = (
+    "attention_kl",
+    "attention_mse",
+    "hidden_cosine",
+    "hidden_mse",
+    "moment_mse",
+    "relation_kl",
+    "topk_kd_loss",
+)
 _ON_KD_LOSS = ("topk_kd_loss",)  # which call kd_loss, on CUDA its CUDA C++
 
 

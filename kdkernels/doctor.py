@@ -116,6 +116,8 @@ def _check(device: str) -> list[str]:
         "attention_mse": (heads, {"mask": mask}),
         "relation_kl": ([draw(2, 5, 12), draw(2, 5, 16)], {"mask": mask, "num_heads": 2}),
         "hidden_mse": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),
+        "hidden_cosine": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),
+        "moment_mse": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),
     }
     problems = []
     for name, (tensors, options) in calls.items():

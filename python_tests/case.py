@@ -10,7 +10,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-OPS = ("kd_loss", "topk_kd_loss", "attention_kl", "attention_mse", "relation_kl", "hidden_mse")
+OPS = (
+    "kd_loss",
+    "topk_kd_loss",
+    "attention_kl",
+    "attention_mse",
+    "relation_kl",
+    "hidden_mse",
+    "hidden_cosine",
+    "moment_mse",
+)
 FLOAT32 = (torch.float32, torch.float32)
 
 
@@ -286,5 +295,7 @@ _MAKERS = {
     "attention_mse": _attention,
     "relation_kl": _relation,
     "hidden_mse": _hidden,
+    "hidden_cosine": _hidden,
+    "moment_mse": _hidden,
     "tinybert_step": _tinybert_step,
 }

@@ -8,7 +8,7 @@ from benches.timing import Runner
 from kdkernels import functional
 
 from .cases.attention import attention, relation
-from .cases.hidden import hidden
+from .cases.hidden import cosine, hidden, moment
 from .cases.logits import kd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,3 +84,11 @@ def test_relation_kl_is_linear_in_tokens():
 
 def test_hidden_mse_keeps_nothing():
     assert extra(hidden("", "", 256, 128, batch=2, layers=4, mask=(256, 100))) <= SCALARS
+
+
+def test_hidden_cosine_keeps_nothing():
+    assert extra(cosine("", "", 256, 128, batch=2, layers=4, mask=(256, 100))) <= SCALARS
+
+
+def test_moment_mse_keeps_12_bytes_a_row():
+    assert extra(moment("", "", 256, 128, batch=2, layers=4, mask=(256, 100))) <= 12 * 4 * 2 * 256 + SCALARS

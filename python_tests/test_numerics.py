@@ -91,7 +91,9 @@ def test_nan_in_a_real_row_shows(kind, value):
     assert rows[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("op", ["attention_kl", "attention_mse", "relation_kl", "hidden_mse"])
+@pytest.mark.parametrize(
+    "op", ["attention_kl", "attention_mse", "relation_kl", "hidden_mse", "hidden_cosine", "moment_mse"]
+)
 def test_nan_in_a_real_token_shows(op):
     case = next(case for case in of(op) if case.mask is not None)
     call = case.make()
@@ -224,6 +226,40 @@ def test_hidden_states_far_from_zero():
     torch.testing.assert_close(
         loss.double(), reference.hidden_mse(student.double(), teacher.double()), rtol=1e-6, atol=0
     )
+
+
+def test_zero_states_have_cosine_0():
+    """A norm below 1e-8 counts as 1e-8, as in torch's cosine_similarity; dividing by the norm gives 0 / 0."""
+    student, teacher = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    student[0, 0], teacher[0, 1] = 0, 0
+    student[0, 2:], teacher[0, 2] = 1e-10 * student[0, 2:], 0
+    loss, grad = gradient(functional.hidden_cosine, student, teacher)
+    truth, true_grad = gradient(reference.hidden_cosine, student.double(), teacher.double())
+    torch.testing.assert_close(loss, (1 - F.cosine_similarity(student, teacher, dim=-1)).mean())
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-8)
+    assert (student / student.norm(dim=-1, keepdim=True)).isnan().any()
+
+
+def test_cosine_of_a_student_near_its_teacher():
+    """1 - cos subtracts two numbers near 1: of a distance of 1e-8 nothing is left."""
+    teacher = torch.randn(2, 9, 64)
+    student = teacher + 1e-4 * torch.randn_like(teacher)
+    loss = functional.hidden_cosine(student, teacher)
+    truth = reference.hidden_cosine(student.double(), teacher.double())
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=0)
+    assert ((1 - F.cosine_similarity(student, teacher, dim=-1)).mean() - truth).abs() > 0.1 * truth
+
+
+def test_variance_of_states_far_from_zero():
+    """E[x^2] - E[x]^2 loses a variance of 1 beside a mean of 4096."""
+    student, teacher = 4096 + torch.randn(2, 9, 64), 4096 + 1.1 * torch.randn(2, 9, 64)
+    loss, grad = gradient(functional.moment_mse, student, teacher)
+    truth, true_grad = gradient(reference.moment_mse, student.double(), teacher.double())
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-4, atol=1e-7)
+    naive = student.square().mean(-1) - student.mean(-1).square()
+    assert (naive - student.double().var(-1, correction=0)).abs().max() > 0.1
 
 
 def test_teacher_entropy_is_all_that_ce_and_kl_differ_by():

@@ -26,6 +26,8 @@ CHOSEN = {
         *("scores_mask_holes", "probs_plain", "scores_transposed", "probs_strided", "scores_packed", "probs_packed"),
     ),
     "relation_kl": ("plain", "mask_holes", "none", "transposed", "strided", "packed_none"),
+    "hidden_cosine": ("layers", "mask_holes", "strided"),
+    "moment_mse": ("layers", "mask_holes", "squared", "strided"),
     "hidden_mse": ("layers", "projected_each", "mask_holes", "strided", "strided_projected", "l2"),
 }
 SOME = [case for case in CASES if case.name in CHOSEN[case.op]]

@@ -23,7 +23,15 @@ from python_tests.tolerance import violations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "relation_kl", "topk_kd_loss")
+FAMILIES = (
+    "attention_kl",
+    "attention_mse",
+    "hidden_cosine",
+    "hidden_mse",
+    "moment_mse",
+    "relation_kl",
+    "topk_kd_loss",
+)
 
 
 def bounded(case):
@@ -92,12 +100,13 @@ PADDED = by_name(
     "attention_kl-mask_holes", "attention_kl-none_holes", "attention_kl-bias", "attention_kl-grouped_mapped",
     "attention_kl-causal_holes", "attention_mse-probs_mask_lengths",
     "attention_mse-scores_mask_lengths", "relation_kl-mask_lengths", "hidden_mse-layer_norm",
-    "hidden_mse-projected_each", "topk_kd_loss-mask_lengths", "topk_kd_loss-labels_bucket", "topk_kd_loss-row_t",
+    "hidden_mse-projected_each", "hidden_cosine-mask_lengths", "moment_mse-weights",
+    "topk_kd_loss-mask_lengths", "topk_kd_loss-labels_bucket", "topk_kd_loss-row_t",
 )  # fmt: skip
-STRETCHED = ("none_holes", "scores_plain", "probs_plain", "layer_norm", "projected_bias")
+STRETCHED = ("none_holes", "scores_plain", "probs_plain", "layer_norm", "projected_bias", "squared")
 HALVES = PADDED + by_name(
     "attention_kl-d80", "attention_kl-head_sum", "attention_kl-lse", "attention_kl-packed_all", "hidden_mse-l2",
-    "topk_kd_loss-vocabulary",
+    "hidden_cosine-plain", "moment_mse-squared", "topk_kd_loss-vocabulary",
 )  # fmt: skip
 
 
@@ -158,6 +167,8 @@ def test_no_real_token(case):
         "relation_kl-d6",
         "hidden_mse-l2",
         "topk_kd_loss-all_named",
+        "hidden_cosine-layers",
+        "moment_mse-layers",
     ),
     ids=lambda case: case.id,
 )
@@ -189,7 +200,8 @@ def test_offsets_beyond_32_bits(case):
 
 
 @here
-def test_layers_that_differ():
+@pytest.mark.parametrize("op", ["hidden_mse", "hidden_cosine", "moment_mse"])
+def test_layers_that_differ(op):
     """Layers of unlike width and dtype are launched in groups."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, 8), (2, 5, 12), (2, 5, 8)]
@@ -199,8 +211,8 @@ def test_layers_that_differ():
         for x, dtype in zip(layers, (torch.float32, torch.float32, torch.float16), strict=True)
     ]
     teacher = [x[1] for x in layers]
-    loss = functional.hidden_mse(student, teacher)
-    expected = reference.hidden_mse(student, teacher)
+    loss = getattr(functional, op)(student, teacher)
+    expected = getattr(reference, op)(student, teacher)
     torch.testing.assert_close(loss, expected)
     for got, true in zip(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student), strict=True):
         torch.testing.assert_close(got, true)
@@ -214,6 +226,8 @@ def test_nan_in_a_real_token_reaches_the_loss():
         "attention_mse-scores_plain",
         "hidden_mse-plain",
         "topk_kd_loss-kl",
+        "hidden_cosine-plain",
+        "moment_mse-plain",
     ):
         call = case.make(0, device=DEVICE)
         with torch.no_grad():

@@ -20,8 +20,16 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from kdkernels.ops._common import HEAD_REDUCTION, KIND, NORMALIZE, ON, REDUCTION, TAIL  # noqa: E402
-from kdkernels.triton import attention_kl, attention_mse, hidden_mse, relation_kl, topk_kd_loss  # noqa: E402
+from kdkernels.ops._common import HEAD_REDUCTION, KIND, NORMALIZE, ON, REDUCTION, TAIL, VARIANCE  # noqa: E402
+from kdkernels.triton import (  # noqa: E402
+    attention_kl,
+    attention_mse,
+    hidden_cosine,
+    hidden_mse,
+    moment_mse,
+    relation_kl,
+    topk_kd_loss,
+)
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -194,6 +202,18 @@ def run_topk_kd_loss(dtype, tail):
     topk_kd_loss.topk_kd_loss_backward(UPSTREAM, *inputs, *saved, *scalars)
 
 
+def run_hidden_cosine(dtype, layers):
+    student, teacher = ([torch.empty(2, 256, 768, dtype=dtype) for _ in range(layers)] for _ in range(2))
+    hidden_cosine.hidden_cosine(student, teacher, MASK)
+    hidden_cosine.hidden_cosine_backward(UPSTREAM, student, teacher, MASK)
+
+
+def run_moment_mse(dtype, variance):
+    student, teacher = ([torch.empty(2, 256, 512, dtype=dtype) for _ in range(3)] for _ in range(2))
+    _, stats = moment_mse.moment_mse(student, teacher, MASK, 5000.0, 5.0, VARIANCE[variance], True)
+    moment_mse.moment_mse_backward(UPSTREAM, student, MASK, stats)
+
+
 OPTIONS = {
     run_attention_kl: (
         *("batchmean", "none", "reverse_causal", "bias", "lse", "head_sum", "head_map", "grouped", "packed", "full"),
@@ -203,6 +223,8 @@ OPTIONS = {
     run_hidden_mse: tuple(NORMALIZE),
     run_hidden_mse_projected: (None,),
     run_topk_kd_loss: tuple(TAIL),
+    run_hidden_cosine: (1, 3),
+    run_moment_mse: tuple(VARIANCE),
 }
 # float16 differs from bfloat16 in nothing but the type: one option of each family has it.
 CALLS = [

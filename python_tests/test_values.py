@@ -27,6 +27,8 @@ MODULES = {
     "attention_mse": nn.AttentionMse,
     "relation_kl": nn.RelationKl,
     "hidden_mse": nn.HiddenMse,
+    "hidden_cosine": nn.HiddenCosine,
+    "moment_mse": nn.MomentMse,
 }
 
 

@@ -189,6 +189,37 @@ def tinybert_step(**tensors):
     return steps.tinybert_step(sys.modules[__name__])(**tensors)
 
 
+def hidden_cosine(student, teacher, mask=None):
+    """The mean of 1 - cosine_similarity; with a mask multiplied in, as the other losses."""
+    total = 0.0
+    for s, t in _pairs(student, teacher):
+        rows = 1 - F.cosine_similarity(s, t, dim=-1)
+        total = total + _reduce(rows, mask, "batchmean")
+    return total
+
+
+def hidden_cosine_embedding_loss(student, teacher, mask=None):
+    """As DistilBERT's script and TextBrewer have it: real rows picked out, then the embedding loss against ones."""
+    total = 0.0
+    for s, t in _pairs(student, teacher):
+        if mask is None:
+            s, t = s.flatten(0, 1), t.flatten(0, 1)
+        else:
+            rows = mask.unsqueeze(-1).expand_as(s)
+            s, t = (x.masked_select(rows).view(-1, x.shape[-1]) for x in (s, t))
+        total = total + F.cosine_embedding_loss(s, t, s.new_ones(s.shape[0]))
+    return total
+
+
+def moment_mse(student, teacher, mask=None, *, mean_weight=1.0, variance_weight=1.0, variance="absolute"):
+    """Mean and mean square around it, as MobileBERT's code computes them."""
+    return _moment_mse(student, teacher, mask, mean_weight, variance_weight, variance, _moments)
+
+
+def moment_mse_var_mean(student, teacher, mask=None, *, mean_weight=1.0, variance_weight=1.0, variance="absolute"):
+    return _moment_mse(student, teacher, mask, mean_weight, variance_weight, variance, _var_mean)
+
+
 VARIANTS = {
     "kd_loss": (kd_loss, kd_loss_softmax_target),
     "topk_kd_loss": (topk_kd_loss,),
@@ -196,6 +227,8 @@ VARIANTS = {
     "attention_mse": (attention_mse,),
     "relation_kl": (relation_kl, relation_kl_softmax_target),
     "hidden_mse": (hidden_mse,),
+    "hidden_cosine": (hidden_cosine, hidden_cosine_embedding_loss),
+    "moment_mse": (moment_mse, moment_mse_var_mean),
     "tinybert_step": (tinybert_step,),
 }
 
@@ -213,6 +246,29 @@ def _with_labels(soft_rows, student_logits, mask, labels, alpha, ignore_index, r
         reduction="mean" if reduction in ("mean", "batchmean") else reduction,
     )
     return alpha * soft + (1 - alpha) * (hard.view(labels.shape) if reduction == "none" else hard)
+
+
+def _pairs(student, teacher):
+    return [(student, teacher)] if torch.is_tensor(student) else zip(student, teacher, strict=True)
+
+
+def _moment_mse(student, teacher, mask, mean_weight, variance_weight, variance, moments):
+    total = 0.0
+    for s, t in _pairs(student, teacher):
+        (mean_s, var_s), (mean_t, var_t) = moments(s), moments(t)
+        spread = (var_s - var_t).abs() if variance == "absolute" else (var_s - var_t) ** 2
+        total = total + _reduce(mean_weight * (mean_s - mean_t) ** 2 + variance_weight * spread, mask, "batchmean")
+    return total
+
+
+def _moments(x):
+    mean = x.mean(-1, keepdim=True)
+    return mean.squeeze(-1), (x - mean).square().mean(-1)
+
+
+def _var_mean(x):
+    variance, mean = torch.var_mean(x, -1, correction=0)
+    return mean, variance
 
 
 def _divergence(student, teacher, kind, beta, log_target):

@@ -6,28 +6,6 @@
 
 constexpr float kHiddenEps = 1e-12f;
 
-// The sum of term(position, valid lanes) over n elements: four chains of additions, emptied into a double before they grow long.
-template <typename Term>
-inline double hidden_sum(int64_t n, const Term& term) {
-  constexpr int64_t kChunk = 1024;
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    const int64_t end = begin + kChunk < n ? begin + kChunk : n;
-    vf a = set1(0.0f), b = a, c = a, d = a;
-    int64_t i = begin;
-    for (; i + 4 * W <= end; i += 4 * W) {
-      a += term(i, W);
-      b += term(i + W, W);
-      c += term(i + 2 * W, W);
-      d += term(i + 3 * W, W);
-    }
-    for (; i + W <= end; i += W) a += term(i, W);
-    if (i < end) a += term(i, end - i);
-    total += sum((a + b) + (c + d));
-  }
-  return total;
-}
-
 inline double hidden_squares(const float* x, const float* y, int64_t n) {
   return hidden_sum(n, [&](int64_t i, int64_t lanes) {
     const vf difference = load_up_to(x + i, lanes, 0) - load_up_to(y + i, lanes, 0);
@@ -96,26 +74,6 @@ inline void hidden_gradient(Normalize normalize, HiddenScale s, const float* ys,
   });
 }
 
-inline const float* hidden_row(const StatesView& view, int64_t tokens, int64_t token, int64_t features, float* scratch) {
-  const int64_t offset = token / tokens * view.stride_batch + token % tokens * view.stride_token;
-  return as_floats(view.data, view.dtype, offset, view.stride_feature, features, scratch);
-}
-
-// Which layer and which of its tokens [begin, end) an item is.
-struct HiddenBlock {
-  const HiddenLayer& layer;
-  int64_t begin, end;
-};
-
-inline HiddenBlock hidden_block(const HiddenMse& op, int64_t item) {
-  int64_t l = op.num_layers - 1;
-  while (op.layers[l].first_item > item) --l;
-  const HiddenLayer& layer = op.layers[l];
-  const int64_t per_item = hidden_tokens_per_item(layer.features), all = op.batch * op.tokens;
-  const int64_t begin = (item - layer.first_item) * per_item;
-  return {layer, begin, begin + per_item < all ? begin + per_item : all};
-}
-
 void hidden_forward(const HiddenMse& op, int64_t item, float* scratch) {
   const HiddenBlock block = hidden_block(op, item);
   const HiddenLayer& layer = block.layer;
@@ -147,30 +105,21 @@ void hidden_backward(const HiddenMse& op, int64_t item, float* scratch) {
   for (int64_t token = block.begin; token < block.end; ++token) {
     float* g = dtype == DType::kF32 ? static_cast<float*>(layer.grad_student) + token * n : row_s;
     const bool real = !op.mask || op.mask[token];
-    if (dtype == DType::kF32 && (!real || op.normalize == kNoNormalize)) {  // the bulk of the traffic: writes that need no reading
-      const float* s = real ? hidden_row(layer.student, op.tokens, token, n, row_s) : nullptr;
-      const float* t = real ? hidden_row(layer.teacher, op.tokens, token, n, row_t) : nullptr;
-      for_vectors(n, [&](int64_t i, int64_t lanes) {
-        const vf d = real ? (load_up_to(s + i, lanes, 0) - load_up_to(t + i, lanes, 0)) * coef : set1(0.0f);
-        lanes < W ? store_n(g + i, d, lanes) : op.past_cache ? stream(g + i, d) : store(g + i, d);
-      });
-      continue;
-    }
     if (!real) {
-      const int64_t bytes = dtype == DType::kF32 ? 4 : 2;
-      __builtin_memset(static_cast<char*>(layer.grad_student) + token * n * bytes, 0, n * bytes);
+      hidden_no_gradient(op, layer, token);
       continue;
     }
     const float* s = hidden_row(layer.student, op.tokens, token, n, row_s);
     const float* t = hidden_row(layer.teacher, op.tokens, token, n, row_t);
-    HiddenScale scale{1, false};
-    if (op.normalize != kNoNormalize) {
-      scale = hidden_normalize(op.normalize, s, n, row_s);
-      hidden_normalize(op.normalize, t, n, row_t);
-      s = row_s;
-      t = row_t;
+    if (op.normalize == kNoNormalize) {
+      hidden_put_gradient(op, layer, token, row_s, [&](int64_t i, int64_t lanes) {
+        return (load_up_to(s + i, lanes, 0) - load_up_to(t + i, lanes, 0)) * coef;
+      });
+      continue;
     }
-    hidden_gradient(op.normalize, scale, s, t, n, coef, g);
+    const HiddenScale scale = hidden_normalize(op.normalize, s, n, row_s);
+    hidden_normalize(op.normalize, t, n, row_t);
+    hidden_gradient(op.normalize, scale, row_s, row_t, n, coef, g);
     if (dtype != DType::kF32) from_floats(g, n, layer.grad_student, dtype, token * n);
   }
   stream_end();

@@ -25,12 +25,15 @@ namespace {
 #include "attention_rows.inl"
 #include "attention.inl"
 #include "attention_mse.inl"
+#include "hidden.inl"
 #include "hidden_mse.inl"
 #include "hidden_mse_projection.inl"
 #include "quant_rows.inl"
 #include "quant_unpack.inl"
 #include "quant_gemm.inl"
 #include "quant_linear.inl"
+#include "hidden_cosine.inl"
+#include "moment_mse.inl"
 }  // namespace
 
 const Table table = {
@@ -57,6 +60,10 @@ const Table table = {
     .quant_linear = quant_linear,
     .quant_linear_float_scratch = quant_linear_float_scratch,
     .quant_linear_float = quant_linear_float,
+    .hidden_cosine_forward = hidden_cosine_forward,
+    .hidden_cosine_backward = hidden_cosine_backward,
+    .moment_forward = moment_forward,
+    .moment_backward = moment_backward,
 };
 
 }  // namespace kd::cpu::KD_ISA

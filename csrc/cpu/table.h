@@ -3,6 +3,8 @@
 #include <cstdint>
 
 #include "../ops/attention.h"
+#include "../ops/moment_mse.h"
+#include "hidden.h"
 #include "hidden_mse.h"
 #include "kd_loss.h"
 #include "quant_linear.h"
@@ -52,6 +54,12 @@ struct Table {
   void (*quant_linear)(const QuantLinear&, int64_t item, float* scratch);
   int64_t (*quant_linear_float_scratch)(const QuantLinear&);
   void (*quant_linear_float)(const QuantLinear&, int64_t item, float* scratch);
+
+  // Items as without a projection.
+  void (*hidden_cosine_forward)(const HiddenLayers&, int64_t item, float* scratch);
+  void (*hidden_cosine_backward)(const HiddenLayers&, int64_t item, float* scratch);
+  void (*moment_forward)(const MomentMse&, int64_t item, float* scratch);
+  void (*moment_backward)(const MomentMse&, int64_t item, float* scratch);
 };
 
 namespace generic { extern const Table table; }

@@ -1,37 +1,13 @@
-// hidden_mse: one layer of the list is one entry; all layers share the mask and the token grid. Layers with a projection are run one
-// after the other, each as a HiddenProjection.
+// hidden_mse: all layers at once, or with a projection one after the other, each as a HiddenProjection.
 #pragma once
-#include <cstdint>
-
-#include "dtype.h"
+#include "hidden.h"
 
 namespace kd {
 
-// [batch, tokens, features] by element strides.
-struct StatesView {
-  const void* data;
-  int64_t stride_batch, stride_token, stride_feature;
-  DType dtype;
-};
-
 enum Normalize : int32_t { kNoNormalize = 0, kL2 = 1, kLayerNorm = 2 };
 
-struct HiddenLayer {
-  StatesView student, teacher;
-  int64_t features;    // of both
-  int64_t first_item;  // work items are blocks of tokens, those of layer 0 first
-  float grad_weight;   // d(loss) / d(sum of squares) for an upstream gradient of 1
-  void* grad_student;  // backward: contiguous [batch, tokens, features], of the student's dtype
-};
-
-struct HiddenMse {
-  const HiddenLayer* layers;
-  int64_t num_layers, batch, tokens;
-  const bool* mask;  // [batch, tokens] or null: all real
+struct HiddenMse : HiddenLayers {
   Normalize normalize;
-  double* partial;        // forward: one sum of squares per item
-  const float* upstream;  // backward: the upstream gradient
-  bool past_cache;        // backward on the CPU: the gradients are too large to be still in a cache when somebody reads them
 };
 
 // One layer whose student goes through weight [d_t, d_s] and bias [d_t] first.

@@ -1,56 +1,18 @@
-// hidden_mse for CPU tensors: lists of layers to kd::HiddenMse, blocks of tokens to threads.
-#include <algorithm>
-#include <vector>
-
-#include "common.h"
+// hidden_mse for CPU tensors: lists of layers to kd::HiddenMse, or with a projection to one kd::HiddenProjection after the other.
+#include "hidden.h"
 
 namespace kd {
 namespace {
 
-StatesView states_view(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3, name, " must be [batch, tokens, features]");
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), dtype_of(x, name)};
-}
-
 // w, where the loss is w / 2 times the sum of squares and its gradient w times the difference.
 double grad_weight_of(int64_t real, int64_t features) { return 2.0 / (static_cast<double>(std::max<int64_t>(real, 1)) * features); }
 
-// One op and what it points to.
-struct Described {
-  HiddenMse op{};
-  std::vector<HiddenLayer> layers;
-  int64_t items = 0, real = 0;
-};
-
-Described describe(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, const std::optional<Tensor>& mask,
-                   int64_t normalize) {
-  STD_TORCH_CHECK(!student.empty() && student.size() == teacher.size(), "student and teacher must be lists of as many layers");
-  Described d;
-  d.op.batch = student[0].size(0);
-  d.op.tokens = student[0].size(1);
-  const int64_t all = d.op.batch * d.op.tokens;
-  d.op.mask = mask_of(mask, all);
-  d.op.normalize = static_cast<Normalize>(normalize);
-  d.real = count_real(d.op.mask, all);
-  for (size_t l = 0; l < student.size(); ++l) {
-    const Tensor &s = student[l], &t = teacher[l];
-    HiddenLayer layer{states_view(s, "student"), states_view(t, "teacher"), s.size(2), d.items, 0, nullptr};
-    STD_TORCH_CHECK(s.size(0) == d.op.batch && s.size(1) == d.op.tokens && t.size(0) == d.op.batch && t.size(1) == d.op.tokens,
-                    "all layers must agree in batch and tokens");
-    STD_TORCH_CHECK(t.size(2) == layer.features && layer.features > 0, "student and teacher must have as many features, at least one");
-    layer.grad_weight = static_cast<float>(grad_weight_of(d.real, layer.features));
-    d.layers.push_back(layer);
-    const int64_t per_item = cpu::hidden_tokens_per_item(layer.features);
-    d.items += (all + per_item - 1) / per_item;
-  }
-  d.op.layers = d.layers.data();
-  d.op.num_layers = static_cast<int64_t>(d.layers.size());
-  return d;
-}
-
-void run(const Described& d, void (*kernel)(const HiddenMse&, int64_t item, float* scratch)) {
-  constexpr int64_t kTogether = 16;  // items of 64 KiB of float32: 1 MB (12 x 8x256x768 bf16: 3.9 -> 3.5 ms forward and backward)
-  run_items(d.items, cpu::hidden_scratch(d.op), [&](int64_t item, float* scratch) { kernel(d.op, item, scratch); }, kTogether);
+HiddenCall<HiddenMse> describe(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher, const std::optional<Tensor>& mask,
+                               int64_t normalize) {
+  HiddenCall<HiddenMse> call = describe_hidden<HiddenMse>(student, teacher, mask);
+  call.op.normalize = static_cast<Normalize>(normalize);
+  for (HiddenLayer& layer : call.layers) layer.grad_weight = static_cast<float>(grad_weight_of(call.real, layer.features));
+  return call;
 }
 
 HiddenProjection describe_projection(const Tensor& student, const Tensor& teacher, const Tensor& weight, const Tensor* bias,
@@ -156,41 +118,23 @@ std::tuple<Tensor, std::vector<Tensor>> hidden_mse(std::vector<Tensor> student, 
                                                    std::vector<Tensor> weight, std::vector<Tensor> bias, int64_t normalize,
                                                    bool need_grad) {
   if (!weight.empty()) return project(student, teacher, mask, weight, bias, normalize, need_grad);
-  Described d = describe(student, teacher, mask, normalize);
-  std::vector<double> partial(d.items);
-  d.op.partial = partial.data();
-  run(d, table().hidden_forward);
-  // One thread adds the blocks up in order: the sum depends on nothing but the values.
-  double total = 0;
-  for (int64_t item = 0, l = 0; item < d.items; ++item) {
-    while (l + 1 < d.op.num_layers && d.layers[l + 1].first_item <= item) ++l;
-    total += partial[item] * grad_weight_of(d.real, d.layers[l].features) / 2;
-  }
-  return {new_scalar(student[0], total), std::vector<Tensor>{}};
+  HiddenCall<HiddenMse> call = describe(student, teacher, mask, normalize);
+  const auto mean = [&](const HiddenLayer& layer) { return grad_weight_of(call.real, layer.features) / 2; };
+  return {run_hidden_forward(call, student[0], table().hidden_forward, mean), std::vector<Tensor>{}};
 }
 
 std::vector<Tensor> hidden_mse_backward(const Tensor& grad, std::vector<Tensor> student, std::vector<Tensor> teacher,
                                         std::optional<Tensor> mask, std::vector<Tensor> weight, std::vector<Tensor> bias,
                                         std::vector<Tensor> saved, int64_t normalize) {
-  std::vector<Tensor> grads;
   if (!weight.empty()) {
+    std::vector<Tensor> grads;
     STD_TORCH_CHECK(saved.size() == student.size() + weight.size() + bias.size(), "saved must come from hidden_mse");
     for (const auto* inputs : {&student, &weight, &bias})
       for (const Tensor& x : *inputs) grads.push_back(scale_gradient(grad, saved[grads.size()], x));
     return grads;
   }
-  Described d = describe(student, teacher, mask, normalize);
-  const float upstream = upstream_of(grad);
-  d.op.upstream = &upstream;
-  int64_t bytes = 0;
-  for (size_t l = 0; l < student.size(); ++l) {
-    grads.push_back(new_gradient(student[l], student[l].scalar_type()));
-    d.layers[l].grad_student = grads[l].mutable_data_ptr();
-    bytes += grads[l].numel() * grads[l].element_size();
-  }
-  d.op.past_cache = past_cache(bytes);
-  run(d, table().hidden_backward);
-  return grads;
+  HiddenCall<HiddenMse> call = describe(student, teacher, mask, normalize);
+  return run_hidden_backward(call, grad, student, table().hidden_backward);
 }
 
 }  // namespace

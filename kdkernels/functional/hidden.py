@@ -64,7 +64,9 @@ def hidden_cosine(student, teacher, mask=None):
     """
     students, teachers = _pairs_of_layers(student, teacher)
     mask = _checks.mask(mask, students[0].shape[:2], students[0], "[batch, tokens]")
-    return reference.hidden_cosine(students, teachers, mask)
+    if any_fp64(*students, *teachers) or not serves("hidden_cosine", students[0].device):
+        return reference.hidden_cosine(students, teachers, mask)
+    return torch.ops.kdkernels.hidden_cosine.default(students, teachers, mask)
 
 
 def moment_mse(student, teacher, mask=None, *, mean_weight=1.0, variance_weight=1.0, variance="absolute"):
@@ -85,10 +87,14 @@ def moment_mse(student, teacher, mask=None, *, mean_weight=1.0, variance_weight=
     mask = _checks.mask(mask, students[0].shape[:2], students[0], "[batch, tokens]")
     mean_weight = _checks.number("mean_weight", mean_weight)
     variance_weight = _checks.number("variance_weight", variance_weight)
-    _checks.choice("variance", variance, VARIANCE)
-    return reference.moment_mse(
-        students, teachers, mask, mean_weight=mean_weight, variance_weight=variance_weight, variance=variance
-    )
+    variance_id = _checks.choice("variance", variance, VARIANCE)
+    if any_fp64(*students, *teachers) or not serves("moment_mse", students[0].device):
+        return reference.moment_mse(
+            students, teachers, mask, mean_weight=mean_weight, variance_weight=variance_weight, variance=variance
+        )
+    return torch.ops.kdkernels.moment_mse.default(
+        students, teachers, mask, mean_weight, variance_weight, variance_id, need_grad(*students)
+    )[0]
 
 
 def gram_mse(s0, s1, t0, t1, mask=None, *, over="hidden"):

@@ -1,15 +1,37 @@
 """One file per op family: schema, fake, autograd. Importing this package defines them all."""
 
-from . import attention_kl, attention_mse, hidden_mse, kd_loss, quant_linear, relation_kl, topk_kd_loss
+from . import (
+    attention_kl,
+    attention_mse,
+    hidden_cosine,
+    hidden_mse,
+    kd_loss,
+    moment_mse,
+    quant_linear,
+    relation_kl,
+    topk_kd_loss,
+)
 
-FAMILIES = ("attention_kl", "attention_mse", "hidden_mse", "kd_loss", "quant_linear", "relation_kl", "topk_kd_loss")
+FAMILIES = (
+    "attention_kl",
+    "attention_mse",
+    "hidden_cosine",
+    "hidden_mse",
+    "kd_loss",
+    "moment_mse",
+    "quant_linear",
+    "relation_kl",
+    "topk_kd_loss",
+)
 
 __all__ = [
     "FAMILIES",
     "attention_kl",
     "attention_mse",
+    "hidden_cosine",
     "hidden_mse",
     "kd_loss",
+    "moment_mse",
     "quant_linear",
     "relation_kl",
     "topk_kd_loss",

@@ -6,7 +6,7 @@ forward pass, where the residual W s + b - t is still in cache, and backward sca
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward
+from ._common import LIBRARY, define, forbid_double_backward, register_autograd, run_backward
 
 _INPUTS = "Tensor[] student, Tensor[] teacher, Tensor? mask, Tensor[] weight, Tensor[] bias"
 
@@ -31,7 +31,6 @@ def _setup_context(ctx, inputs, output):
     saved = output[1]
     ctx.lengths = len(student), len(weight), len(bias), len(saved)
     ctx.save_for_backward(*student, *teacher, *weight, *bias, *saved, mask)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
@@ -40,8 +39,8 @@ def _backward(ctx, grad, _):
         return [None] * layers, [None] * layers, None, [None] * weights, [None] * biases, None, None
     *tensors, mask = ctx.saved_tensors
     student, teacher, weight, bias, kept = _split(tensors, (layers, layers, weights, biases, saved))
-    grads = torch.ops.kdkernels.hidden_mse_backward.default(
-        grad, student, teacher, mask, weight, bias, kept, ctx.normalize
+    grads = run_backward(
+        torch.ops.kdkernels.hidden_mse_backward.default, grad, student, teacher, mask, weight, bias, kept, ctx.normalize
     )
     d_student, d_weight, d_bias = _split(grads, (layers, weights, biases))
     return d_student, [None] * layers, None, d_weight, d_bias, None, None
@@ -53,5 +52,5 @@ def _split(tensors, lengths):
     return [[next(tensors) for _ in range(n)] for n in lengths]
 
 
-torch.library.register_autograd("kdkernels::hidden_mse", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("hidden_mse", _setup_context, _backward)
 forbid_double_backward("hidden_mse")

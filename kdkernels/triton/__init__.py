@@ -1,5 +1,13 @@
 """The Triton kernels, one file per op family; importing this package registers them for CUDA tensors."""
 
-from . import attention_kl, attention_mse, hidden_mse, relation_kl, topk_kd_loss
+from . import attention_kl, attention_mse, hidden_cosine, hidden_mse, moment_mse, relation_kl, topk_kd_loss
 
-__all__ = ["attention_kl", "attention_mse", "hidden_mse", "relation_kl", "topk_kd_loss"]
+__all__ = [
+    "attention_kl",
+    "attention_mse",
+    "hidden_cosine",
+    "hidden_mse",
+    "moment_mse",
+    "relation_kl",
+    "topk_kd_loss",
+]

@@ -16,24 +16,10 @@ import triton.language as tl
 
 from ..ops._common import NORMALIZE
 from ._common import LAUNCH, finish, host_divisor, mean_divisor, register
+from ._hidden import alike, load_rows, of_layer, real_tokens, row_tiles, store_rows
 
 L2, LAYER_NORM = tl.constexpr(NORMALIZE["l2"]), tl.constexpr(NORMALIZE["layer_norm"])
 EPS = tl.constexpr(1e-12)
-
-
-def row_tiles(width: int) -> dict:
-    """Whole rows, about 4096 elements a program: 32 a thread of either state."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK_D": block, "BLOCK_R": max(1, 4096 // block), "num_warps": min(max(4, block // 1024), 32)}
-
-
-@triton.jit
-def _of_layer(pointers, layer):
-    """pointers[layer] for a layer known at run time."""
-    chosen = pointers[0]
-    for i in tl.static_range(1, len(pointers)):
-        chosen = tl.where(layer == i, pointers[i], chosen)
-    return chosen
 
 
 @triton.jit
@@ -65,13 +51,9 @@ def _rows_kernel(
     keep = row < ROWS
     if mask is not None:
         keep = tl.load(mask + row, mask=keep, other=0) != 0
-    b, n = (row // N).to(tl.int64)[:, None], (row % N).to(tl.int64)[:, None]
     inside = keep[:, None] & (column < D)[None, :]
-    wide = column[None, :].to(tl.int64)
-    student = _of_layer(students, layer) + b * strides_s[0] + n * strides_s[1] + wide * strides_s[2]
-    teacher = _of_layer(teachers, layer) + b * strides_t[0] + n * strides_t[1] + wide * strides_t[2]
-    x_s = tl.load(student, mask=inside, other=0.0).to(tl.float32)
-    x_t = tl.load(teacher, mask=inside, other=0.0).to(tl.float32)
+    x_s = load_rows(of_layer(students, layer), strides_s, row, inside, N, BLOCK_D)
+    x_t = load_rows(of_layer(teachers, layer), strides_t, row, inside, N, BLOCK_D)
     if bias is not None:
         x_s = tl.where(inside, x_s + tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :], 0.0)
     y_s, size = _normalize(x_s, inside, D, NORMALIZE)
@@ -88,10 +70,7 @@ def _rows_kernel(
             slope = (slope - mean - y_s * (tl.sum(slope * y_s, 1, keep_dims=True) / D)) / size
         if grad is not None:
             slope *= 2.0 * tl.load(grad).to(tl.float32) / mean_divisor(count, 1, divisor, 1).to(tl.float32)
-        out = _of_layer(outs, layer)
-        address = out + row.to(tl.int64)[:, None] * D + wide
-        value = tl.where(inside, slope, 0.0).to(out.dtype.element_ty)
-        tl.store(address, value, mask=(row < ROWS)[:, None] & (column < D)[None, :])
+        store_rows(of_layer(outs, layer), row, tl.where(inside, slope, 0.0), ROWS, D, BLOCK_D)
 
 
 def _launch(students, teachers, mask, count, normalize, *, bias=None, loss=False, grad=None, outs=None):
@@ -108,18 +87,6 @@ def _launch(students, teachers, mask, count, normalize, *, bias=None, loss=False
     return finish(partial, count, divisor, 1) if loss else None
 
 
-def _real_tokens(mask):
-    return None if mask is None else mask.sum().view(1)
-
-
-def _alike(student, teacher) -> list[list[int]]:
-    """Layers grouped by what one launch must share: shapes, strides and dtypes. Most models have one group."""
-    groups = {}
-    for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        groups.setdefault((s.dtype, s.shape, s.stride(), t.dtype, t.shape, t.stride()), []).append(layer)
-    return list(groups.values())
-
-
 def _product(a, b):
     """a @ b [rows, columns] with float32 sums and result, operands in the wider of their dtypes."""
     dtype = torch.promote_types(a.dtype, b.dtype)
@@ -130,12 +97,12 @@ def _product(a, b):
 
 
 def hidden_mse(student, teacher, mask, weight, bias, normalize, need_grad):
-    count = _real_tokens(mask)
+    count = real_tokens(mask)
     if weight:
         return _projected(student, teacher, mask, count, weight, bias, normalize, need_grad)
     losses = [
         _launch([student[i] for i in group], [teacher[i] for i in group], mask, count, normalize, loss=True)
-        for group in _alike(student, teacher)
+        for group in alike(student, teacher)
     ]
     return sum(losses[1:], losses[0]), []
 
@@ -169,13 +136,13 @@ def _projected(student, teacher, mask, count, weight, bias, normalize, need_grad
 
 
 def hidden_mse_backward(grad, student, teacher, mask, weight, bias, saved, normalize):
-    count = _real_tokens(mask)
+    count = real_tokens(mask)
     if weight:
         batch, tokens, width = teacher[0].shape
         scale = grad * 2 / (max(batch * tokens, 1) * width if mask is None else count.clamp_min(1) * width)
         return [(kept * scale).to(x.dtype) for kept, x in zip(saved, (*student, *weight, *bias), strict=True)]
     grads = [x.new_empty(x.shape) for x in student]
-    for group in _alike(student, teacher):
+    for group in alike(student, teacher):
         pick = [[x[i] for i in group] for x in (student, teacher, grads)]
         _launch(*pick[:2], mask, count, normalize, grad=grad, outs=tuple(pick[2]))
     return grads

@@ -19,6 +19,8 @@ CASES = [
     *attention.ATTENTION_MSE,
     *attention.RELATION_KL,
     *hidden.HIDDEN_MSE,
+    *hidden.HIDDEN_COSINE,
+    *hidden.MOMENT_MSE,
 ]
 
 _CPU = [*logits.CPU, *attention.CPU, *hidden.CPU, *steps.CPU]

@@ -1,12 +1,24 @@
 """Rows of the losses on hidden states."""
 
 from ..case import Case, Target
-from ._common import case_of
+from ._common import KIB, case_of
 
 
 def hidden(name, why, tokens=41, d_s=80, d_t=None, *, batch=2, layers=None, weights=0, bias=False, **given) -> Case:
-    shape = {"batch": batch, "tokens": tokens, "d_s": d_s, "d_t": d_t or d_s}
-    return case_of("hidden_mse", name, why, {**shape, "layers": layers, "weights": weights, "bias": bias}, given)
+    return _layers("hidden_mse", name, why, batch, tokens, d_s, d_t or d_s, layers, given, weights=weights, bias=bias)
+
+
+def cosine(name, why, tokens=41, d=80, *, batch=2, layers=None, **given) -> Case:
+    return _layers("hidden_cosine", name, why, batch, tokens, d, d, layers, given)
+
+
+def moment(name, why, tokens=41, d=80, *, batch=2, layers=None, **given) -> Case:
+    return _layers("moment_mse", name, why, batch, tokens, d, d, layers, given)
+
+
+def _layers(op, name, why, batch, tokens, d_s, d_t, layers, given, **shape) -> Case:
+    shape = {"batch": batch, "tokens": tokens, "d_s": d_s, "d_t": d_t, "layers": layers, **shape}
+    return case_of(op, name, why, shape, given)
 
 
 HIDDEN_MSE = [
@@ -60,6 +72,30 @@ HIDDEN_MSE = [
     hidden("expanded", "a teacher broadcast with stride 0", layout="expanded"),
 ]
 
+# Rows that hidden_cosine and moment_mse share.
+_TOKENWISE = [
+    dict(name="plain", why="one layer"),
+    dict(name="one_token", why="1 token", batch=1, tokens=1, d=8),
+    dict(name="odd", why="a width that is no multiple of a vector", tokens=3, d=129),
+    dict(name="long", why="a row of more than one chunk of sums", tokens=3, d=2100),
+    dict(name="layers", why="a list of layers in one call", layers=3, d=41),
+    dict(name="one_layer_list", why="a list of one", layers=1),
+    dict(name="mask_lengths", why="a padded batch, one sequence all padding", layers=2, batch=4, mask=(41, 1, 0, 17)),
+    dict(name="mask_holes", why="real tokens need not be a prefix", mask="holes"),
+    dict(name="near", why="student close to teacher", near=1e-4),
+    dict(name="transposed", why="[N, B, D] seen as [B, N, D]", layout="transposed", mask=(41, 9)),
+    dict(name="sliced", why="a slice of a wider state", layout="sliced", layers=2),
+    dict(name="strided", why="no two features are neighbours", layout="strided"),
+    dict(name="expanded", why="a teacher broadcast with stride 0", layout="expanded"),
+]
+
+HIDDEN_COSINE = [cosine(**row) for row in _TOKENWISE]
+
+MOMENT_MSE = [moment(**row) for row in _TOKENWISE] + [
+    moment("one_feature", "a variance of 0", tokens=5, d=1),
+    moment("squared", "the variances' difference squared", variance="squared", layers=2, mask=(41, 9)),
+    moment("weights", "MobileBERT's weights", mean_weight=5000.0, variance_weight=5.0, mask="holes"),
+]
 
 CPU = [
     (
@@ -69,5 +105,13 @@ CPU = [
     (
         hidden("12x8x256x768_half", "half of the tokens are padding", 256, 768, batch=8, layers=12, mask="half"),
         Target(eager=4, compile=2),
+    ),
+    (
+        cosine("8x256x768", "the last hidden states of DistilBERT, BERT", 256, 768, batch=8),
+        Target(eager=4, compile=1.3, memory=lambda _: KIB),
+    ),
+    (
+        moment("8x256x512", "MobileBERT's statistics transfer", 256, 512, batch=8),
+        Target(eager=4, compile=1.3, memory=lambda call: 12 * 8 * 256 + KIB),
     ),
 ]
