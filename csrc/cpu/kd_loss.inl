@@ -13,10 +13,16 @@ struct KdRow {
   int64_t offset_s, offset_t;
 };
 
+inline int64_t kd_offset(const KdLoss& op, const LogitsView& x, int64_t row) {
+  return row / op.inner * x.stride_outer + row % op.inner * x.stride_inner;
+}
+
 inline KdRow kd_row(const KdLoss& op, int64_t row) {
-  const int64_t o = row / op.inner, i = row % op.inner;
-  return {op.student, op.teacher, o * op.student.stride_outer + i * op.student.stride_inner,
-          o * op.teacher.stride_outer + i * op.teacher.stride_inner};
+  return {op.student, op.teacher, kd_offset(op, op.student, row), kd_offset(op, op.teacher, row)};
+}
+
+inline float kd_upstream(const KdLoss& op, int64_t row) {
+  return op.grad_loss[row / op.inner * op.grad_stride_outer + row % op.inner * op.grad_stride_inner];
 }
 
 // n logits of a row. As floats they may be a copy in `scratch`; as Bf16 or F16 they are the row itself.
@@ -350,7 +356,7 @@ void kd_loss_backward_row(const KdLoss& op, const KdWeights& weights, int64_t r)
   }
   const float* stats = op.stats + r * kKdStats;
   const KdRow row = kd_row(op, r);
-  const float upstream = op.grad_loss[(r / op.inner) * op.grad_stride_outer + (r % op.inner) * op.grad_stride_inner];
+  const float upstream = kd_upstream(op, r);
   const float temperature = kd_temperature(op, r);
   KdSweep sweep = kd_sweep(op, stats, temperature);
   // d(T^2 L)/ds carries T^2 / T; an infinite reverse_kl has no useful direction, its gradient is 0

@@ -84,3 +84,24 @@ inline void stream_pair(float* p, Pair x) {
   stream(p, x.a);
   stream(p + W, x.b);
 }
+
+// The even and the odd elements of two vectors, and the other way round.
+inline Pair split(Pair x) {
+  vi32 even{};
+  for (int i = 0; i < W; ++i) even[i] = 2 * i;
+  return {__builtin_shuffle(x.a, x.b, even), __builtin_shuffle(x.a, x.b, even + 1)};
+}
+
+inline Pair join(Pair x) {
+  vi32 first{};
+  for (int i = 0; i < W; ++i) first[i] = i / 2 + i % 2 * W;
+  return {__builtin_shuffle(x.a, x.b, first), __builtin_shuffle(x.a, x.b, first + W / 2)};
+}
+
+template <typename T>
+inline Pair load_split(const T* p) { return split(load_pair(p)); }
+inline Pair load_split(const Bf16* p) { return load_pair(p); }
+
+template <typename T>
+inline void store_joined(T* p, Pair x) { store_pair(p, join(x)); }
+inline void store_joined(Bf16* p, Pair x) { store_pair(p, x); }

@@ -21,7 +21,19 @@ inline cpu::KdWeights weights_of(const KdLoss& op) {
   return {soft, op.labels ? (1 - op.alpha) * (mean ? one_over(labelled) : 1) : 0};
 }
 
-// The loss from stats' kSoftLoss and kHardLoss. One thread adds the rows up in order: the sum depends on nothing but the rows.
+// One thread adds the rows up in the same order always: the sum depends on nothing but the rows. In four chains, since in one each
+// addition waits for the last (4096 rows: 6 us).
+inline double sum_of(const KdLoss& op, KdStat term) {
+  const int64_t rows = op.outer * op.inner;
+  double sums[4] = {};
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    for (int i = 0; i < 4; ++i) sums[i] += op.stats[(r + i) * kKdStats + term];
+  for (; r < rows; ++r) sums[0] += op.stats[r * kKdStats + term];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The loss from stats' kSoftLoss and kHardLoss.
 inline Tensor loss_of_rows(const KdLoss& op, const Tensor& like) {
   const int64_t rows = op.outer * op.inner;
   const cpu::KdWeights weights = weights_of(op);
@@ -34,11 +46,7 @@ inline Tensor loss_of_rows(const KdLoss& op, const Tensor& like) {
     }
     return loss;
   }
-  double soft = 0, hard = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    soft += op.stats[r * kKdStats + kSoftLoss];
-    hard += op.stats[r * kKdStats + kHardLoss];
-  }
+  const double soft = sum_of(op, kSoftLoss), hard = op.labels ? sum_of(op, kHardLoss) : 0;
   return new_scalar(like, op.labels ? weights.soft * soft + weights.hard * hard : weights.soft * soft);
 }
 
