@@ -74,8 +74,15 @@ def serves(family: str, device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and not _MISSING_ON_CUDA[family])
 
 
-def explain() -> dict[str, dict[str, str]]:
-    """Which implementation serves each op on each device and why: {op: {device: text}}."""
+def explain(model: torch.nn.Module | None = None) -> dict:
+    """Which implementation serves each op on each device and why: {op: {device: text}}.
+
+    Of a quantised model: {name of a module: how it runs and why}; "" is the model itself.
+    """
+    if model is not None:
+        from .quant.quantize import explain as explain_model
+
+        return explain_model(model)
     from . import _native
 
     def on_cuda(family: str) -> str:

@@ -55,9 +55,29 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--fresh", action="store_true", help="delete the run in the output folder and start over")
     distill.set_defaults(run=_distill)
 
-    quantize = commands.add_parser("quantize", help="quantise an encoder")
+    quantize = commands.add_parser(
+        "quantize", help="quantise an encoder, with a table of what that costs in quality and gains in size and time"
+    )
     quantize.add_argument("model", metavar="MODEL", help="Hugging Face name or local path")
-    quantize.add_argument("out", metavar="OUT", help="output folder")
+    quantize.add_argument("out", metavar="OUT", help="output folder, new or empty, for from_pretrained of transformers")
+    quantize.add_argument(
+        "--bits", type=int, choices=(8, 4, 3, 2), default=8, help="of a weight of the encoder (default: %(default)s)"
+    )
+    quantize.add_argument(
+        "--skip", nargs="*", default=[], metavar="NAME", help="parts of names of modules that stay as they are"
+    )
+    quantize.add_argument(
+        "--text", default=None, help="texts to measure on, one a line (default: 256 docstrings of the standard library)"
+    )
+    quantize.add_argument(
+        "--min-cosine",
+        type=float,
+        default=None,
+        help="write nothing and fail if the mean cosine is below",
+    )
+    quantize.add_argument(
+        "--max-drop", type=float, default=None, help="the same if a larger share of texts (0 to 1) changes its class"
+    )
     quantize.set_defaults(run=_quantize)
 
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout; further options go to benches/run.py")
@@ -118,9 +138,22 @@ def _distill(arguments, _rest) -> int:
     return 0
 
 
-def _quantize(_arguments, _rest) -> int:
-    print("kdkernels quantize: quantisation is not in this version", file=sys.stderr)
-    return 1
+def _quantize(arguments, _rest) -> int:
+    from .demo.corpus import docstrings
+    from .distill.data import read
+    from .quant.report import run
+
+    _quiet()
+    texts = docstrings() if arguments.text is None else [example["text"] for example in read(arguments.text)]
+    return run(
+        arguments.model,
+        arguments.out,
+        scheme=f"int{arguments.bits}",
+        skip=arguments.skip,
+        texts=texts[:: max(len(texts) // 256, 1)][:256],
+        min_cosine=arguments.min_cosine,
+        max_drop=arguments.max_drop,
+    )
 
 
 def _bench(arguments, rest) -> int:

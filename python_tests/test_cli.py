@@ -182,7 +182,7 @@ def test_example_configs_pass_the_checks(name, folder, tmp_path):
 
 
 def test_other_commands(capsys, monkeypatch, tmp_path):
-    fails(capsys, ["quantize", "model", "out"], "quantisation is not in this version", status=1)
+    fails(capsys, ["quantize", "no/such", str(tmp_path / "out")], "no/such", status=2)
     monkeypatch.chdir(tmp_path)
     fails(capsys, ["bench"], "checkout")
     for argv in (["--help"], ["demo", "--help"], ["distill", "--help"], ["quantize", "--help"], ["doctor", "--help"]):

@@ -29,8 +29,8 @@ class Parts:
 class PackedWeight:
     """A weight [out features, in features] in 8 to 2 bits.
 
-    It holds one uint8 tensor, `blob`, the same on every device, and beside it the same weight as the kernels of the
-    blob's device read it, laid out once, here. Immutable: threads may share it.
+    It holds one uint8 tensor, `blob`, the same on every device, and from its first use on the weight as the kernels of
+    the blob's device read it. Immutable: threads may share it.
 
     Args:
         blob: a flat uint8 tensor as `pack` made it, for instance out of a safetensors file.
@@ -41,7 +41,11 @@ class PackedWeight:
     def __init__(self, blob: torch.Tensor):
         self.scheme, self.shape = _read_header(blob)
         self.blob = blob.detach().contiguous()
-        self.prepared = torch.ops.kdkernels.quant_prepare(self.blob) if blob.device.type == "cpu" else None
+
+    @cached_property
+    def prepared(self) -> torch.Tensor | None:
+        """The weight as the kernels of its device read it; None where the reference serves it."""
+        return torch.ops.kdkernels.quant_prepare(self.blob) if self.device.type == "cpu" else None
 
     @property
     def nbytes(self) -> int:
@@ -61,10 +65,22 @@ class PackedWeight:
         values, scales = self.factors
         return (values.to(torch.float64) * scales).to(dtype)
 
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of `dequantize()`, [*ids.shape, in features], float32: an embedding. For a symmetric scale per row."""
+        if self.scheme.group != "channel" or not self.scheme.symmetric:
+            raise ValueError(f"rows needs a scheme with group='channel', symmetric=True; got {self.scheme}")
+        parts = self._parts
+        codes = parts.codes[ids].to(torch.float32) - (1 << (self.scheme.bits - 1))
+        return codes * parts.scales[ids].unsqueeze(-1)
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return unpack_blob(self.blob, self.scheme, self.shape)
+
     @cached_property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight / scale as int32, scale as float32), both with the weight's shape or broadcast to it."""
-        parts = unpack_blob(self.blob, self.scheme, self.shape)
+        parts = self._parts
         scheme, (rows, columns) = self.scheme, self.shape
         codes, middle = parts.codes.to(torch.int32), 1 << (scheme.bits - 1)
         scales = spread(parts.scales, scheme, rows, columns)
@@ -114,6 +130,11 @@ def _sections(scheme: Scheme, rows: int, columns: int) -> dict[str, int]:
     elif not scheme.symmetric:
         sizes["zeros"] = scales
     return sizes
+
+
+def blob_bytes(scheme: Scheme, rows: int, columns: int) -> int:
+    """The size of a blob."""
+    return _ALIGN + sum(map(_padded, _sections(scheme, rows, columns).values()))
 
 
 def _padded(size: int) -> int:
@@ -210,7 +231,7 @@ def _read_header(blob: torch.Tensor) -> tuple[Scheme, torch.Size]:
         scheme = Scheme(bits, GROUPS[group], group_size, bool(symmetric), activation_bits or None)
     except ValueError as error:
         raise ValueError(f"blob is damaged: {error}") from None
-    expected = _ALIGN + sum(map(_padded, _sections(scheme, rows, columns).values()))
+    expected = blob_bytes(scheme, rows, columns)
     if blob.numel() != expected:
         raise ValueError(f"blob is cut off or damaged: its header says {expected} bytes, it has {blob.numel()}")
     if _checksum(blob) != checksum:

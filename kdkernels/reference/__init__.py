@@ -13,6 +13,7 @@ from .moment_mse import moment_mse
 from .quant_linear import quant_linear
 from .relation_kl import relation_kl
 from .topk_kd_loss import topk_kd_loss
+from .varlen_attention import varlen_attention
 
 __all__ = [
     "attention_kl",
@@ -28,4 +29,5 @@ __all__ = [
     "quant_linear",
     "relation_kl",
     "topk_kd_loss",
+    "varlen_attention",
 ]

@@ -1,0 +1,141 @@
+"""The padding-free encoder: the real tokens of a batch run end to end, nothing is computed for padding.
+
+A supported base model (architectures.py) gets the class `PaddingFree` in front of its own. Its forward packs the real
+tokens [T, D], runs the blocks on them, and lays the result back into [B, N, D] with zeros at padding, so that every
+head of transformers works on it as before. What it can't do (attention maps as output, training, a mask that is not
+[batch, tokens]) goes through the model's own forward, on the same quantised linears.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+
+from . import architectures
+from .linear import linear
+from .modules import QuantLinear
+
+# What the packed forward understands; anything else that is given and not None or False asks for the model's own.
+_PLAIN = {"token_type_ids", "position_ids", "inputs_embeds", "return_dict", "output_hidden_states"}
+
+
+def why_not(base: nn.Module) -> str:
+    """Why this base model can't run on packed tokens; empty if it can."""
+    if reason := architectures.unsupported(base):
+        return reason
+    quantised = all(isinstance(linear, QuantLinear) for block in architectures.blocks(base) for linear in block.linears)
+    return "" if quantised else "some linears of its blocks are not quantised"
+
+
+def attach(base: nn.Module) -> None:
+    """Puts `PaddingFree` in front of the class of a base model that can run on packed tokens."""
+    if not isinstance(base, PaddingFree) and not why_not(base):
+        base.__class__ = _padding_free(type(base))
+
+
+@functools.cache
+def _padding_free(own: type) -> type:
+    """`PaddingFree` in front of a class, under its name: save_pretrained writes that into config.json."""
+    return type(own.__name__, (PaddingFree, own), {"__module__": own.__module__})
+
+
+def _restore(own: type) -> nn.Module:
+    """An empty module of the class with `PaddingFree` in front: what a copy or a pickle is filled into."""
+    made = _padding_free(own)
+    return made.__new__(made)
+
+
+def attach_all(model: nn.Module) -> None:
+    """`attach` for every base model inside."""
+    for module in list(model.modules()):
+        if architectures.is_base(module):
+            attach(module)
+
+
+class PackedTokens:
+    """Which tokens of [batch, length] are real, and the way there and back.
+
+    `lengths` are cumulated as varlen attention takes them: sequence b is tokens [cumulative[b], cumulative[b + 1]).
+    """
+
+    def __init__(self, like: torch.Tensor, mask: torch.Tensor | None):
+        self.shape = tuple(like.shape[:2])
+        batch, length = self.shape
+        if mask is None:
+            self.index = None
+            self.cumulative = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32)
+        else:
+            real = mask.bool()
+            self.index = real.flatten().nonzero().squeeze(1)
+            self.cumulative = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, ...] -> [T, ...]"""
+        x = x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)
+        return x if self.index is None else x[self.index]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [B, N, D], 0 at padding"""
+        if self.index is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy_(0, self.index, x)
+        return x.view(*self.shape, x.shape[1])
+
+
+class PaddingFree:
+    """In front of a base model's own class: its forward on packed tokens."""
+
+    def forward(self, input_ids=None, attention_mask=None, **given):
+        if not self._runs_packed(input_ids, attention_mask, given):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **given)
+        embeds = given.get("inputs_embeds")
+        tokens = PackedTokens(input_ids if embeds is None else embeds, attention_mask)
+        x = self._embed(tokens, input_ids, embeds, given.get("token_type_ids"), given.get("position_ids"))
+        keep_all = self._option("output_hidden_states", given)
+        states = [x]
+        for block in architectures.blocks(self):
+            x = run_block(x, tokens.cumulative, block, self.config)
+            states = [*states, x] if keep_all else [x]
+        hidden = tuple(tokens.unpack(state) for state in states) if keep_all else None
+        last = tokens.unpack(x) if hidden is None else hidden[-1]
+        if hasattr(self, "pooler"):
+            output = BaseModelOutputWithPooling(last, architectures.pool(self, last), hidden)
+        else:
+            output = BaseModelOutput(last, hidden)
+        return output if self._option("return_dict", given) else output.to_tuple()
+
+    def __reduce__(self):
+        return _restore, (type(self).__mro__[2],), self.__dict__
+
+    def _option(self, name: str, given: dict) -> bool:
+        value = given.get(name)
+        return getattr(self.config, name) if value is None else value
+
+    def _runs_packed(self, input_ids, attention_mask, given: dict) -> bool:
+        extra = any(value is not None and value is not False for name, value in given.items() if name not in _PLAIN)
+        one_input = (input_ids is None) != (given.get("inputs_embeds") is None)
+        flat_mask = attention_mask is None or attention_mask.dim() == 2
+        return one_input and flat_mask and not extra and not self.training and not self.config.output_attentions
+
+    def _embed(self, tokens: PackedTokens, ids, embeds, token_types, positions) -> torch.Tensor:
+        """[T, D]: the model's own embeddings, on the real tokens as one sequence."""
+        if positions is None:
+            positions = architectures.positions(self, ids, tokens.shape)
+        given = {"position_ids": tokens.pack(positions)[None]}
+        if embeds is not None:
+            given["inputs_embeds"] = tokens.pack(embeds)[None]
+        if token_types is not None:
+            given["token_type_ids"] = tokens.pack(token_types)[None]
+        x = self.embeddings(input_ids=None if ids is None else tokens.pack(ids)[None], **given)
+        return architectures.widen(self, x).squeeze(0)
+
+
+def run_block(x: torch.Tensor, cumulative: torch.Tensor, block: architectures.Block, config) -> torch.Tensor:
+    """One encoder block on packed tokens [T, D] -> [T, D]."""
+    q, k, v = (linear(x, part.weight, part.bias) for part in (block.query, block.key, block.value))
+    heads = config.num_attention_heads
+    context = torch.ops.kdkernels.varlen_attention(q, k, v, cumulative, heads, (q.shape[1] // heads) ** -0.5)
+    a = block.attention_norm(linear(context, block.output.weight, block.output.bias, residual=x))
+    inner = linear(a, block.up.weight, block.up.bias, activation=architectures.activation(config))
+    return block.output_norm(linear(inner, block.down.weight, block.down.bias, residual=a))

@@ -1,0 +1,115 @@
+"""The modules that stand where nn.Linear and nn.Embedding stood: one uint8 buffer `packed` in place of the weight.
+
+They keep the names of what they replace, so that a checkpoint reads like the original's with `weight` become `packed`.
+"""
+
+import torch
+from torch import nn
+
+from .linear import linear
+from .pack import pack
+from .packed import PackedWeight, blob_bytes
+from .scheme import Scheme
+
+
+class _Packed(nn.Module):
+    """Holds the buffer `packed`, and beside it the PackedWeight, which the kernels read, made at the first call."""
+
+    def __init__(self, rows: int, columns: int, scheme: Scheme):
+        super().__init__()
+        self.scheme = scheme
+        self.register_buffer("packed", torch.zeros(blob_bytes(scheme, rows, columns), dtype=torch.uint8))
+        self._weight = None
+        self.register_load_state_dict_post_hook(_Packed._forget)
+
+    @property
+    def weight(self) -> PackedWeight:
+        """ValueError if the buffer is not a whole packed weight of this module's shape and scheme."""
+        if self._weight is None:
+            weight = PackedWeight(self.packed)
+            if tuple(weight.shape) != self.shape or weight.scheme != self.scheme:
+                raise ValueError(f"packed holds {weight}, where {self} was expected")
+            self._weight = weight
+        return self._weight
+
+    def _forget(self, *_) -> None:
+        self._weight = None
+
+    def _apply(self, function, recurse=True):
+        self._forget()
+        return super()._apply(function, recurse)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_weight": None}
+
+
+class QuantLinear(_Packed):
+    """A linear layer on a packed weight [out_features, in_features], for inference.
+
+    A call takes [..., in_features] in float32, bfloat16 or float16 and returns [..., out_features] in the same dtype.
+    Made empty it waits for a checkpoint.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool = True):
+        super().__init__(out_features, in_features, scheme)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    @classmethod
+    def like(cls, module: nn.Linear, scheme: Scheme) -> "QuantLinear":
+        """Of the module's shape, empty."""
+        with module.weight.device:
+            return cls(module.in_features, module.out_features, scheme, bias=module.bias is not None)
+
+    @classmethod
+    def of(cls, module: nn.Linear, scheme: Scheme) -> "QuantLinear":
+        """The module, packed."""
+        self = cls.like(module, scheme)
+        self.packed = pack(module.weight, scheme).blob
+        if module.bias is not None:
+            self.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}"
+
+
+class QuantEmbedding(_Packed):
+    """An embedding table packed row by row: a look-up unpacks the rows that it reads and no others.
+
+    Takes integer ids of any shape and returns [..., embedding_dim] in float32.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scheme: Scheme, *, padding_idx: int | None = None):
+        super().__init__(num_embeddings, embedding_dim, scheme)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    @classmethod
+    def like(cls, module: nn.Embedding, scheme: Scheme) -> "QuantEmbedding":
+        """Of the module's shape, empty."""
+        with module.weight.device:
+            return cls(module.num_embeddings, module.embedding_dim, scheme, padding_idx=module.padding_idx)
+
+    @classmethod
+    def of(cls, module: nn.Embedding, scheme: Scheme) -> "QuantEmbedding":
+        """The module, packed."""
+        self = cls.like(module, scheme)
+        self.packed = pack(module.weight, scheme).blob
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight.rows(ids)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"

@@ -1,0 +1,158 @@
+"""`quantize(model)`: packed weights in place of linears and word embeddings, and the padding-free encoder in front.
+
+Which scheme a layer gets is decided by `plan` and nowhere else: quantize() follows it, and loading a checkpoint follows
+it again on the empty model, from the same few settings in config.json.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import architectures, encoder
+from .modules import QuantEmbedding, QuantLinear
+from .scheme import NAMED, Scheme, as_scheme
+
+# Tables are read row by row, to look a word up or to rank it: 8 bits a row lose nothing that a task would notice.
+TABLE = Scheme(bits=8)
+
+
+def quantize(
+    model: nn.Module,
+    scheme: Scheme | str = "int8",
+    *,
+    bits_per_layer: Mapping[str, int | str | Scheme] | Sequence[int | str | Scheme] | None = None,
+    skip: Sequence[str] = (),
+) -> nn.Module:
+    """Quantises a transformers encoder in place, for inference: no calibration data, padding-free, any batch of texts.
+
+    Linears of the encoder get `scheme`; the word embedding and a vocabulary head get 8 bits; task heads, norms and the
+    small embeddings stay as they are. BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT and ALBERT (and what is made
+    of them, such as MiniLM) then run on packed tokens; any other architecture runs layer by layer on the quantised
+    linears. `kdkernels.explain(model)` tells which, and why.
+
+    Args:
+        model: a transformers model, with or without a head, or a module that holds some, as sentence-transformers do;
+            weights in float32, bfloat16 or float16.
+        scheme: a `Scheme` or its name: "int8", "int4", "int3", "int2".
+        bits_per_layer: another scheme for some layers, as a `Scheme`, its name or its bits (4 is "int4"): a mapping
+            from part of a module's name ("encoder.layer.0", "output.dense"), of which the longest that fits counts;
+            or a sequence with one for each block of the encoder.
+        skip: parts of names of modules that stay as they are.
+
+    Returns: the model, in eval mode. `model.save_pretrained(folder)` and, after `import kdkernels`,
+        `AutoModel.from_pretrained(folder)` work.
+    Raises: TypeError or ValueError naming the argument: an unknown scheme or number of bits, a name in bits_per_layer
+        or skip that no module has, a model that is quantised already or has nothing to quantise.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ValueError("model is quantised already")
+    scheme, skip = as_scheme(scheme), _names("skip", skip)
+    own = _own_schemes(model, bits_per_layer)
+    for argument, parts in (("bits_per_layer", own), ("skip", skip)):
+        for part in parts:
+            if not any(fits(name, part) for name, _ in model.named_modules()):
+                raise ValueError(f"{argument} names {part!r}, but no module of the model has that in its name")
+    layers = plan(model, scheme, own, skip)
+    if not layers:
+        raise ValueError(f"model has no linear layer to quantise that is not in skip ({type(model).__name__})")
+    replace(model, layers)
+    encoder.attach_all(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            from .integration import mark  # not before there is a model of transformers: it imports all its quantisers
+
+            mark(module, scheme, own, skip)
+    return model.eval()
+
+
+def plan(model: nn.Module, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequence[str]) -> dict[str, Scheme]:
+    """{name: scheme} of all modules that are to be replaced."""
+    bases = [name for name, module in model.named_modules() if architectures.is_base(module)]
+    vocabulary = {getattr(model.get_submodule(base).config, "vocab_size", None) for base in bases}
+    layers = {}
+    for name, module in model.named_modules():
+        if any(fits(name, part) for part in skip):
+            continue
+        if isinstance(module, nn.Embedding):
+            chosen = TABLE if module.num_embeddings in vocabulary else None
+        elif not isinstance(module, nn.Linear):
+            continue
+        elif not bases or any(inside(name, base) for base in bases):
+            part = max((part for part in own if fits(name, part)), key=len, default=None)
+            chosen = scheme if part is None else own[part]
+        else:
+            chosen = TABLE if module.out_features in vocabulary else None
+        if chosen is not None:
+            layers[name] = chosen
+    return layers
+
+
+def replace(model: nn.Module, layers: Mapping[str, Scheme], *, empty: bool = False) -> None:
+    """Puts a quantised module in place of each named one; `empty`: to be loaded into, the weights are not read."""
+    for name, scheme in layers.items():
+        module = model.get_submodule(name)
+        kind = QuantLinear if isinstance(module, nn.Linear) else QuantEmbedding
+        model.set_submodule(name, kind.like(module, scheme) if empty else kind.of(module, scheme))
+
+
+def explain(model: nn.Module) -> dict[str, str]:
+    """{name of a module: how it runs, and why}, of base models and linears; "" is the model itself."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, encoder.PaddingFree):
+            found[name] = f"{type(module).__name__}: padding-free encoder on packed tokens"
+        elif architectures.is_base(module):
+            found[name] = f"{type(module).__name__}: layer by layer, since {encoder.why_not(module)}"
+        elif isinstance(module, QuantLinear):
+            found[name] = f"quantised linear, {module.scheme}"
+        elif isinstance(module, nn.Linear):
+            found[name] = f"torch linear, {str(module.weight.dtype).removeprefix('torch.')}: not quantised"
+    return found
+
+
+def inside(name: str, base: str) -> bool:
+    return base == "" or name == base or name.startswith(base + ".")
+
+
+def fits(name: str, part: str) -> bool:
+    """Whether `part` is a run of whole components of the dotted name."""
+    return f".{part}." in f".{name}."
+
+
+def _names(argument: str, value) -> list[str]:
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{argument} must be a sequence of parts of module names, got {value!r}")
+    return list(value)
+
+
+def _scheme_of(value) -> Scheme:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if f"int{value}" not in NAMED:
+            raise ValueError(f"bits_per_layer must give 8, 4, 3 or 2 bits, or a scheme; got {value}")
+        value = f"int{value}"
+    return as_scheme(value)
+
+
+def _own_schemes(model: nn.Module, bits_per_layer) -> dict[str, Scheme]:
+    """bits_per_layer as {part of a name: scheme}."""
+    if bits_per_layer is None:
+        return {}
+    if isinstance(bits_per_layer, Mapping):
+        return {part: _scheme_of(value) for part, value in bits_per_layer.items()}
+    bases = [(name, module) for name, module in model.named_modules() if architectures.is_base(module)]
+    if len(bases) != 1 or architectures.unsupported(bases[0][1]):
+        raise ValueError("bits_per_layer must be a mapping from names: a sequence needs a model with one known encoder")
+    blocks = architectures.blocks(bases[0][1])
+    if isinstance(bits_per_layer, str) or len(bits_per_layer) != len(blocks):
+        raise ValueError(f"bits_per_layer must have one entry for each of {len(blocks)} blocks, got {bits_per_layer!r}")
+    names = {id(module): name for name, module in bases[0][1].named_modules()}
+    own = {}
+    for block, value in zip(blocks, bits_per_layer, strict=True):
+        for linear in block.linears:
+            chosen = _scheme_of(value)
+            if own.setdefault(names[id(linear)], chosen) != chosen:
+                raise ValueError("bits_per_layer must give blocks that share their weights the same bits")
+    return own

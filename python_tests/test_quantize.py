@@ -1,0 +1,461 @@
+"""kdkernels.quantize: every architecture on packed tokens gives what its padded forward gives on the same weights."""
+
+import copy
+import json
+import pickle
+import threading
+
+import pytest
+import torch
+import transformers
+
+import kdkernels
+from kdkernels.cli import main
+from kdkernels.quant import Scheme
+from kdkernels.quant.encoder import PaddingFree
+from kdkernels.quant.modules import QuantEmbedding, QuantLinear
+
+from . import tiny as tiny_bert
+
+SIZES = dict(vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=160)
+CONFIGS = {
+    "bert": transformers.BertConfig(**SIZES),
+    "bert_tanh": transformers.BertConfig(**SIZES, hidden_act="gelu_new"),
+    "bert_relu": transformers.BertConfig(**SIZES, hidden_act="relu"),
+    "roberta": transformers.RobertaConfig(**SIZES, pad_token_id=1),
+    "xlm-roberta": transformers.XLMRobertaConfig(**SIZES, pad_token_id=1),
+    "camembert": transformers.CamembertConfig(**SIZES, pad_token_id=1),
+    "electra": transformers.ElectraConfig(**SIZES, embedding_size=32),
+    "distilbert": transformers.DistilBertConfig(vocab_size=120, dim=64, n_layers=2, n_heads=4, hidden_dim=160),
+    "albert": transformers.AlbertConfig(**SIZES, embedding_size=32),
+    "albert_groups": transformers.AlbertConfig(**SIZES, embedding_size=32, num_hidden_groups=2),
+}
+LENGTHS = (9, 1, 17, 4)
+
+
+def tiny(name, auto=transformers.AutoModel, **changes):
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[name])
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = auto.from_config(config).eval()
+    for parameter in model.parameters():  # away from the initial 0.02, so that every part of a block matters
+        torch.nn.init.normal_(parameter, std=0.25) if parameter.dim() > 1 else parameter.data.add_(
+            0.1 * torch.randn_like(parameter)
+        )
+    return model
+
+
+def batch(config, lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+    ids = torch.randint(5, config.vocab_size, shape, generator=generator)
+    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.where(mask.bool(), ids, config.pad_token_id), "attention_mask": mask}
+
+
+def padded(model, inputs, **given):
+    """The model's own forward, on padding and all, with the same quantised linears."""
+    bases = [module for module in model.modules() if isinstance(module, PaddingFree)]
+    for base in bases:
+        base.__class__ = type(base).__mro__[2]
+    result = model(**inputs, **given)
+    kdkernels.quant.encoder.attach_all(model)
+    return result
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_packed_tokens_give_what_padded_ones_do(name, scheme):
+    model = kdkernels.quantize(tiny(name), scheme)
+    assert isinstance(model, PaddingFree)
+    inputs = batch(model.config)
+    got, expected = model(**inputs), padded(model, inputs)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got.last_hidden_state[real], expected.last_hidden_state[real], rtol=0, atol=2e-2)
+    assert (got.last_hidden_state[~real] == 0).all()
+    if "pooler_output" in expected:
+        torch.testing.assert_close(got.pooler_output, expected.pooler_output, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_eight_bits_are_close_to_the_original(name):
+    model = tiny(name)
+    inputs = batch(model.config)
+    real = inputs["attention_mask"].bool()
+    before = model(**inputs).last_hidden_state[real]
+    after = kdkernels.quantize(model)(**inputs).last_hidden_state[real]
+    cosine = torch.nn.functional.cosine_similarity(before, after)
+    assert cosine.mean() > 0.996  # the bar for 8 bits on a real model too
+
+
+@torch.no_grad()
+def test_a_text_does_not_depend_on_its_batch():
+    model = kdkernels.quantize(tiny("bert"))
+    inputs = batch(model.config)
+    together = model(**inputs).last_hidden_state
+    for row, length in enumerate(LENGTHS):
+        alone = model(input_ids=inputs["input_ids"][row : row + 1, :length]).last_hidden_state
+        assert torch.equal(together[row, :length], alone[0])
+
+
+@torch.no_grad()
+def test_left_padding_and_holes():
+    model = kdkernels.quantize(tiny("bert"))
+    inputs = batch(model.config, (6, 6))
+    inputs["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1]])
+    real = inputs["attention_mask"].bool()
+    got, expected = model(**inputs).last_hidden_state, padded(model, inputs).last_hidden_state
+    torch.testing.assert_close(got[real], expected[real], rtol=0, atol=2e-2)
+
+
+@torch.no_grad()
+def test_a_text_of_padding_alone_is_zeros():
+    model = kdkernels.quantize(tiny("bert"))
+    inputs = batch(model.config, (5, 0))
+    states = model(**inputs).last_hidden_state
+    assert (states[1] == 0).all() and states[0].abs().sum() > 0
+
+
+HEADS = {
+    "AutoModelForSequenceClassification": "logits",
+    "AutoModelForTokenClassification": "logits",
+    "AutoModelForQuestionAnswering": "start_logits",
+    "AutoModelForMaskedLM": "logits",
+}
+
+
+@pytest.mark.parametrize("auto", HEADS)
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert"])
+@torch.no_grad()
+def test_heads_work_on_it(name, auto):
+    model = tiny(name, getattr(transformers, auto))
+    inputs = batch(model.config)
+    field = HEADS[auto]
+    before = model(**inputs)[field]
+    model = kdkernels.quantize(model)
+    assert isinstance(model.base_model, PaddingFree)
+    after = model(**inputs)[field]
+    real = slice(None) if before.dim() == 2 and field == "logits" else inputs["attention_mask"].bool()
+    cosine = torch.nn.functional.cosine_similarity(before[real].flatten(), after[real].flatten(), dim=0)
+    assert cosine > 0.99
+
+
+@pytest.fixture(scope="module")
+def model():
+    return kdkernels.quantize(tiny("bert"))
+
+
+@pytest.fixture(scope="module")
+def inputs(model):
+    return batch(model.config)
+
+
+class TestForward:
+    """The arguments that transformers' own forward takes."""
+
+    @torch.no_grad()
+    def test_hidden_states(self, model, inputs):
+        got = model(**inputs, output_hidden_states=True).hidden_states
+        expected = padded(model, inputs, output_hidden_states=True).hidden_states
+        real = inputs["attention_mask"].bool()
+        assert len(got) == len(expected) == 3
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=2e-2)
+
+    @torch.no_grad()
+    def test_attention_maps_come_from_the_models_own_forward(self, model, inputs):
+        model.set_attn_implementation("eager")
+        maps = model(**inputs, output_attentions=True).attentions
+        model.set_attn_implementation("sdpa")
+        assert len(maps) == 2 and maps[0].shape == (4, 4, 17, 17)
+
+    @torch.no_grad()
+    def test_tuples(self, model, inputs):
+        last, pooled = model(**inputs, return_dict=False)
+        output = model(**inputs)
+        assert torch.equal(last, output[0]) and torch.equal(pooled, output[1])
+
+    @torch.no_grad()
+    def test_token_types_positions_and_embeddings(self, model, inputs):
+        types = (torch.arange(17) > 5).long().expand(4, -1)
+        positions = torch.arange(17).flip(0)[None]
+        embeds = torch.randn(4, 17, 64, generator=torch.Generator().manual_seed(1))
+        real = inputs["attention_mask"].bool()
+        for given in (
+            {"token_type_ids": types},
+            {"position_ids": positions},
+            {"input_ids": None, "inputs_embeds": embeds},
+        ):
+            given = {**inputs, **given}
+            got, expected = model(**given).last_hidden_state, padded(model, given).last_hidden_state
+            torch.testing.assert_close(got[real], expected[real], rtol=0, atol=2e-2)
+
+    def test_both_inputs_are_an_error(self, model, inputs):
+        with pytest.raises(ValueError, match="input_ids"), torch.no_grad():
+            model(**inputs, inputs_embeds=torch.zeros(4, 17, 64))
+
+
+class TestPlan:
+    def test_what_is_quantised(self):
+        model = kdkernels.quantize(tiny("bert", transformers.AutoModelForSequenceClassification), "int4")
+        schemes = {name: m.scheme for name, m in model.named_modules() if isinstance(m, (QuantLinear, QuantEmbedding))}
+        assert schemes["bert.embeddings.word_embeddings"].bits == 8
+        assert {schemes[name].bits for name in schemes if "encoder" in name} == {4}
+        assert type(model.classifier) is torch.nn.Linear
+
+    def test_bits_per_layer_by_name(self):
+        model = kdkernels.quantize(tiny("bert"), "int4", bits_per_layer={"layer.0": 8, "layer.0.output.dense": "int2"})
+        bits = {name: m.scheme.bits for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        assert bits["encoder.layer.0.attention.self.query"] == 8
+        assert bits["encoder.layer.0.output.dense"] == 2
+        assert bits["encoder.layer.0.attention.output.dense"] == 8
+        assert bits["encoder.layer.1.output.dense"] == 4
+
+    def test_bits_per_layer_by_block(self):
+        model = kdkernels.quantize(tiny("distilbert"), bits_per_layer=[3, Scheme(bits=4)])
+        bits = {name: m.scheme.bits for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        assert bits["transformer.layer.0.ffn.lin1"] == 3 and bits["transformer.layer.1.ffn.lin1"] == 4
+
+    def test_skipped_modules_stay_and_the_encoder_says_why(self):
+        model = kdkernels.quantize(tiny("bert"), skip=["layer.1.output", "word_embeddings"])
+        assert type(model.encoder.layer[1].output.dense) is torch.nn.Linear
+        assert type(model.embeddings.word_embeddings) is torch.nn.Embedding
+        assert "layer by layer" in kdkernels.explain(model)[""]
+
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ({"scheme": "int5"}, "scheme"),
+            ({"bits_per_layer": {"layer.7": 8}}, "bits_per_layer.*layer.7"),
+            ({"bits_per_layer": {"layer.0": 5}}, "bits"),
+            ({"bits_per_layer": [8]}, "bits_per_layer.*2"),
+            ({"skip": ["nothing"]}, "skip.*nothing"),
+            ({"skip": "encoder"}, "skip"),
+        ],
+    )
+    def test_bad_input(self, given, named):
+        with pytest.raises((ValueError, TypeError), match=named):
+            kdkernels.quantize(tiny("bert"), **given)
+
+    def test_twice(self):
+        model = kdkernels.quantize(tiny("bert"))
+        with pytest.raises(ValueError, match="quantised already"):
+            kdkernels.quantize(model)
+
+    def test_no_module(self):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+            kdkernels.quantize("bert-base-uncased")
+
+    def test_nothing_to_quantise(self):
+        with pytest.raises(ValueError, match="no linear layer"):
+            kdkernels.quantize(torch.nn.LayerNorm(4))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.ModernBertConfig(
+            **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+        ),
+        transformers.MobileBertConfig(**{**SIZES, "embedding_size": 32, "intra_bottleneck_size": 32}),
+    ],
+    ids=["modernbert", "mobilebert"],
+)
+@torch.no_grad()
+def test_other_architectures_run_layer_by_layer(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config).eval()
+    inputs = batch(config)
+    real = inputs["attention_mask"].bool()
+    before = model(**inputs).last_hidden_state[real]
+    model = kdkernels.quantize(model)
+    after = model(**inputs).last_hidden_state[real]
+    assert torch.nn.functional.cosine_similarity(before, after).mean() > 0.99
+    assert any(isinstance(m, QuantLinear) for m in model.modules())
+    assert type(model).__name__ in kdkernels.explain(model)[""]
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 16
+    path.write_bytes(data)
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        model = kdkernels.quantize(tiny("bert", transformers.AutoModelForSequenceClassification), "int4")
+        model.save_pretrained(tmp_path / "model")
+        self.model = model
+        return tmp_path / "model"
+
+    @torch.no_grad()
+    def test_round_trip(self, folder):
+        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        inputs = batch(loaded.config)
+        assert torch.equal(loaded(**inputs).logits, self.model(**inputs).logits)
+        assert isinstance(loaded.base_model, PaddingFree)
+        assert [p.name for p in folder.glob("*.bin")] == [] and (folder / "model.safetensors").is_file()
+        loaded.save_pretrained(folder.with_name("again"))
+        again = transformers.AutoModelForSequenceClassification.from_pretrained(folder.with_name("again"))
+        assert torch.equal(again(**inputs).logits, self.model(**inputs).logits)
+
+    @torch.no_grad()
+    def test_another_class_loads_it(self, folder):
+        loaded = transformers.AutoModel.from_pretrained(folder)
+        inputs = batch(loaded.config)
+        expected = self.model.bert(**inputs).last_hidden_state
+        assert torch.equal(loaded(**inputs).last_hidden_state, expected)
+
+    def test_any_flipped_bit_is_an_error(self, folder):
+        path = folder / "model.safetensors"
+        whole = path.read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little")
+        generator = torch.Generator().manual_seed(0)
+        for at in torch.randint(header, len(whole), (12,), generator=generator).tolist():
+            flip(path, at)
+            with pytest.raises(ValueError, match="damaged|unusable"):
+                transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+            path.write_bytes(whole)
+
+    def test_a_truncated_file_is_an_error(self, folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(Exception, match="(?i)incomplete|invalid|header|safetensors"):
+            transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def test_another_format_is_an_error(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["format"] = 99
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="format 99"):
+            transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def test_weights_of_another_scheme_are_an_error(self, folder, tmp_path):
+        other = kdkernels.quantize(tiny("bert", transformers.AutoModelForSequenceClassification), "int8")
+        other.save_pretrained(tmp_path / "other")
+        (folder / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+        with pytest.raises((ValueError, RuntimeError)):
+            transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+class TestReliability:
+    @torch.no_grad()
+    def test_nan_and_infinities_stay_in_their_text(self):
+        model = tiny("bert")
+        inputs = batch(model.config)
+        quantised = kdkernels.quantize(copy.deepcopy(model))
+        clean = quantised(**inputs).last_hidden_state
+        for bad in (torch.nan, torch.inf):
+            embeds = model.embeddings.word_embeddings(inputs["input_ids"])
+            embeds[0, 3, 5] = bad
+            given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+            assert model(**given).last_hidden_state[0, :9].isnan().all()
+            got = quantised(**given).last_hidden_state
+            assert got[0, :9].isnan().all()
+            assert torch.isfinite(got[1:]).all()
+        assert torch.isfinite(clean).all()
+
+    def test_threads_share_a_model(self):
+        model = kdkernels.quantize(tiny("bert"))
+        inputs = [batch(model.config, seed=seed) for seed in range(4)]
+        with torch.no_grad():
+            expected = [model(**given).last_hidden_state for given in inputs]
+        fresh = pickle.loads(pickle.dumps(model))  # whose kernels' weights are not laid out yet
+        wrong = []
+
+        def work(index):
+            with torch.no_grad():
+                for _ in range(10):
+                    if not torch.equal(fresh(**inputs[index]).last_hidden_state, expected[index]):
+                        wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+    @torch.no_grad()
+    def test_copies(self):
+        model = kdkernels.quantize(tiny("bert"))
+        inputs = batch(model.config)
+        expected = model(**inputs).last_hidden_state
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(other(**inputs).last_hidden_state[:, 0], expected[:, 0], rtol=0, atol=2e-2)
+        assert torch.equal(copy.deepcopy(model)(**inputs).last_hidden_state, expected)
+
+    @torch.no_grad()
+    def test_compiled(self):
+        model = kdkernels.quantize(tiny("bert"))
+        inputs = batch(model.config)
+        compiled = torch.compile(model)
+        torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0], rtol=0, atol=2e-2)
+
+
+class TestEcosystem:
+    @torch.no_grad()
+    def test_pipeline(self, tmp_path):
+        model = kdkernels.quantize(tiny_bert.bert(head=True))
+        model.save_pretrained(tmp_path)
+        tiny_bert.tokenizer().save_pretrained(tmp_path)
+        texts = tiny_bert.texts(5)
+        classify = transformers.pipeline("text-classification", model=str(tmp_path))
+        found = classify(texts, batch_size=3)
+        inputs = tiny_bert.tokenizer()(texts, padding=True, return_tensors="pt")
+        expected = model(**inputs).logits.softmax(-1).amax(-1)
+        torch.testing.assert_close(torch.tensor([row["score"] for row in found]), expected)
+
+    def test_sentence_transformers(self, tmp_path):
+        sentence_transformers = pytest.importorskip("sentence_transformers")
+        tiny_bert.save_teacher(tmp_path, head=False)
+        model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+        texts = tiny_bert.texts(9)
+        before = torch.tensor(model.encode(texts))
+        kdkernels.quantize(model)
+        assert any(isinstance(module, PaddingFree) for module in model.modules())
+        after = torch.tensor(model.encode(texts))
+        assert torch.nn.functional.cosine_similarity(before, after).mean() > 0.99
+        model.save(str(tmp_path / "saved"))
+        loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+        assert torch.equal(torch.tensor(loaded.encode(texts)), after)
+
+
+class TestCommand:
+    @pytest.fixture
+    def teacher(self, tmp_path):
+        return str(tiny_bert.save_teacher(tmp_path / "teacher"))
+
+    @pytest.fixture
+    def texts(self, tmp_path):
+        (tmp_path / "texts.txt").write_text("\n".join(tiny_bert.texts(40)))
+        return str(tmp_path / "texts.txt")
+
+    def test_it_reports_and_writes(self, teacher, texts, tmp_path, capsys):
+        assert main(["quantize", teacher, str(tmp_path / "out"), "--bits", "4", "--text", texts]) == 0
+        printed = capsys.readouterr().out
+        assert "cosine, mean" in printed and "classes changed" in printed and "on 40 texts" in printed
+        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert loaded.bert.encoder.layer[0].output.dense.scheme.bits == 4
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "teacher", "texts.txt"]
+
+    @pytest.mark.parametrize("gate", [["--min-cosine", "0.99999"], ["--max-drop", "0.0"]])
+    def test_the_gate_writes_nothing(self, teacher, texts, tmp_path, capsys, gate):
+        assert main(["quantize", teacher, str(tmp_path / "out"), "--bits", "2", "--text", texts, *gate]) == 1
+        assert "quality gate: " in capsys.readouterr().out
+        assert not (tmp_path / "out").exists()
+
+    def test_bad_input(self, teacher, texts, tmp_path, capsys):
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "file").touch()
+        assert main(["quantize", teacher, str(tmp_path / "full"), "--text", texts]) == 2
+        assert "OUT must be a folder that is new or empty" in capsys.readouterr().err
+        assert main(["quantize", teacher, str(tmp_path / "out"), "--text", str(tmp_path / "none.txt")]) == 2
+        assert "none.txt" in capsys.readouterr().err
+        assert main(["quantize", teacher, str(tmp_path / "out"), "--text", texts]) == 0
+        assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "again"), "--text", texts]) == 2
+        assert "quantised already" in capsys.readouterr().err
