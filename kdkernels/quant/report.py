@@ -69,8 +69,11 @@ def run(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"OUT must be a folder that is new or empty, got {out}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    loaded = model_class(model).from_pretrained(model).eval()
+    try:
+        loaded = model_class(model).from_pretrained(model).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"MODEL {model} can't be loaded: {error}") from error
     if max_drop is not None and not _classifies(loaded):
         raise ValueError(f"--max-drop needs a sequence classifier, got {type(loaded).__name__}")
     with console.status("measuring the original"):
