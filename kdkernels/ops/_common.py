@@ -41,7 +41,7 @@ def register_autograd(op: str, setup_context, backward) -> None:
     torch's own also fills in schema defaults at each call, which took 36 of the 95 us of a small kd_loss forward and
     backward. As there, the kernel runs one autograd.Function, which sees tensors only where they are arguments of their
     own, so lists are laid out flat, and calls the op again below autograd. `backward(ctx, *grads)` returns a gradient,
-    or a list of them, for every argument.
+    or a list of them, for every argument; None where there is none, also for a whole list.
     """
     overload = getattr(torch.ops.kdkernels, op).default
 
@@ -50,11 +50,13 @@ def register_autograd(op: str, setup_context, backward) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         ctx.set_materialize_grads(False)
+        ctx.argument_lengths = lengths
         setup_context(ctx, args, output)
         return output
 
     def all_gradients(ctx, *grads):
-        return None, None, *_flatten(backward(ctx, *grads))
+        pairs = zip(backward(ctx, *grads), ctx.argument_lengths, strict=True)
+        return None, None, *_flatten([None] * n if grad is None and n is not None else grad for grad, n in pairs)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(all_gradients)}
     function = type(f"{op}_autograd", (torch.autograd.Function,), members)

@@ -3,7 +3,7 @@ K + 1 outcomes on both sides and a few statistics."""
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, loss_shape, register_autograd
+from ._common import LIBRARY, define, forbid_double_backward, loss_shape, register_autograd, run_backward
 
 _INPUTS = "Tensor student, Tensor values, Tensor indices, Tensor? mask, Tensor? labels, Tensor? row_temperature"
 _SAVED = "Tensor named, Tensor stats, Tensor rest"
@@ -40,7 +40,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     grad_student = None
     if grad is not None:
-        grad_student = torch.ops.kdkernels.topk_kd_loss_backward.default(grad, *ctx.saved_tensors, *ctx.scalars)
+        overload = torch.ops.kdkernels.topk_kd_loss_backward.default
+        grad_student = run_backward(overload, grad, *ctx.saved_tensors, *ctx.scalars)
     return grad_student, *(None,) * 13
 
 
