@@ -78,6 +78,14 @@ def _kd_loss(call: Call) -> Work:
     return Work(_traffic(call), 0)
 
 
+def _linear_kd_loss(call: Call) -> Work:
+    """Logits of both sides, and the gradients of the student's hidden states and weight."""
+    (classes, d_s), d_t = call.student["student_weight"].shape, call.teacher["teacher_weight"].shape[1]
+    hidden, mask = call.student["student_hidden"], call.other.get("mask")
+    rows = hidden.numel() // d_s if mask is None else mask.sum().item()
+    return Work(_traffic(call), rows * classes * (6 * d_s + 2 * d_t))
+
+
 def _topk_kd_loss(call: Call) -> Work:
     indices = call.other["teacher_indices"]
     return Work(_traffic(call) + indices.numel() * indices.element_size(), 0)
@@ -131,6 +139,7 @@ def _tinybert_step(call: Call) -> Work:
 
 _WORK = {
     "kd_loss": _kd_loss,
+    "linear_kd_loss": _linear_kd_loss,
     "topk_kd_loss": _topk_kd_loss,
     "attention_kl": _attention_maps,
     "attention_mse": _attention_mse,

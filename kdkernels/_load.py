@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import ops
 
 _PACKAGE = Path(__file__).parent
-_CPU_FAMILIES = ("quant_linear",)
+_CPU_FAMILIES = ("linear_kd_loss", "quant_linear")
 _TRITON_FAMILIES = (
     "attention_kl",
     "attention_mse",

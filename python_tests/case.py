@@ -12,6 +12,7 @@ import torch
 
 OPS = (
     "kd_loss",
+    "linear_kd_loss",
     "topk_kd_loss",
     "attention_kl",
     "attention_mse",
@@ -205,6 +206,19 @@ def _topk_kd_loss(generator, case):
     return student, {"teacher_values": teacher.gather(-1, indices)}, other
 
 
+def _linear_kd_loss(generator, case):
+    """Both heads scaled so that logits have the hidden states' spread; equal widths may share `near` weights."""
+    lead, classes, d_s, d_t = (case.shape[key] for key in ("lead", "classes", "d_s", "d_t"))
+    _, _, other = _kd_loss(generator, case)
+    hidden_s, hidden_t = _pair(generator, case, (*lead, d_s), (*lead, d_t))
+    weight_s, weight_t = _pair(generator, replace(case, spread=1.0), (classes, d_s), (classes, d_t))
+    student = {"student_hidden": hidden_s, "student_weight": weight_s * d_s**-0.5}
+    teacher = {"teacher_hidden": hidden_t, "teacher_weight": weight_t * d_t**-0.5}
+    if case.shape["bias"]:
+        student["student_bias"], teacher["teacher_bias"] = _pair(generator, case, (classes,), (classes,))
+    return student, teacher, other
+
+
 def _attention(generator, case):
     """shape: batch, heads, tokens, d_s, d_t; of the teacher's heads (heads_t) and of key heads (kv_s, kv_t) where they
     differ; bias_s and bias_t as shapes; lse; packed."""
@@ -290,6 +304,7 @@ def _tinybert_step(generator, case):
 
 _MAKERS = {
     "kd_loss": _kd_loss,
+    "linear_kd_loss": _linear_kd_loss,
     "topk_kd_loss": _topk_kd_loss,
     "attention_kl": _attention,
     "attention_mse": _attention,

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # saved for backward.
 CHOSEN = {
     "kd_loss": ("kl", "labels_masked", "row_t", "none", "transposed", "strided"),
+    "linear_kd_loss": ("kl", "labels_masked", "row_t", "none", "transposed", "strided"),
     "topk_kd_loss": ("kl", "labels_bucket", "row_t", "none", "int32", "strided"),
     "attention_kl": (
         *("plain", "mask_holes", "none", "transposed", "strided", "expanded", "reverse_none", "head_mean_none"),

@@ -22,6 +22,7 @@ DTYPES = {
 }
 MODULES = {
     "kd_loss": nn.KdLoss,
+    "linear_kd_loss": nn.LinearKdLoss,
     "topk_kd_loss": nn.TopkKdLoss,
     "attention_kl": nn.AttentionKl,
     "attention_mse": nn.AttentionMse,

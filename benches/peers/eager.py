@@ -49,6 +49,26 @@ def kd_loss_softmax_target(student_logits, teacher_logits, **options):
     return kd_loss(student_logits, teacher_logits, **options, log_target=False)
 
 
+def linear_kd_loss(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    *,
+    student_bias=None,
+    teacher_bias=None,
+    **options,
+):
+    """Both heads, whole logits, and the loss on them; nothing of the teacher is kept for backward."""
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+    return kd_loss(F.linear(student_hidden, student_weight, student_bias), teacher_logits, **options)
+
+
+def linear_kd_loss_softmax_target(*tensors, **options):
+    return linear_kd_loss(*tensors, **options, log_target=False)
+
+
 def topk_kd_loss(
     student_logits,
     teacher_values,
@@ -222,6 +242,7 @@ def moment_mse_var_mean(student, teacher, mask=None, *, mean_weight=1.0, varianc
 
 VARIANTS = {
     "kd_loss": (kd_loss, kd_loss_softmax_target),
+    "linear_kd_loss": (linear_kd_loss, linear_kd_loss_softmax_target),
     "topk_kd_loss": (topk_kd_loss,),
     "attention_kl": (attention_kl, attention_kl_softmax_target),
     "attention_mse": (attention_mse,),

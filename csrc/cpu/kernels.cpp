@@ -19,6 +19,7 @@ namespace {
 #include "pair.h"
 #include "kd_loss.inl"
 #include "kd_loss_narrow.inl"
+#include "linear_kd_loss.inl"
 #include "topk_kd_loss.inl"
 #include "gemm.inl"
 #include "attention_pack.inl"
@@ -40,6 +41,7 @@ const Table table = {
     .isa = KD_STRING(KD_ISA),
     .kd_loss_forward = kd_loss_forward,
     .kd_loss_backward = kd_loss_backward,
+    .add_rows = add_rows,
     .topk_scratch = topk_scratch,
     .topk_forward = topk_forward,
     .topk_backward = topk_backward,

@@ -7,6 +7,7 @@
 #include "hidden.h"
 #include "hidden_mse.h"
 #include "kd_loss.h"
+#include "linear_kd_loss.h"
 #include "quant_linear.h"
 #include "topk_kd_loss.h"
 
@@ -20,6 +21,8 @@ struct Table {
   // One item = kd_rows_per_item(op) rows.
   void (*kd_loss_forward)(const KdLoss&, int64_t item);
   void (*kd_loss_backward)(const KdLoss&, const KdWeights&, int64_t item);
+
+  void (*add_rows)(const AddRows&);
 
   // One item = topk_rows_per_item(op) rows.
   int64_t (*topk_scratch)(const TopkKdLoss&);

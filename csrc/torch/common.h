@@ -122,10 +122,9 @@ inline float upstream_of(const Tensor& grad) {
   return *static_cast<const float*>(grad.const_data_ptr());
 }
 
-// upstream * saved, in x's dtype: backward where forward has left the gradient for an upstream of 1.
-inline Tensor scale_gradient(const Tensor& grad, const Tensor& saved, const Tensor& x) {
+// a * saved, in x's dtype and shape.
+inline Tensor scaled(float a, const Tensor& saved, const Tensor& x) {
   STD_TORCH_CHECK(saved.is_contiguous() && saved.numel() == x.numel(), "the saved gradient must have its input's shape");
-  const float upstream = upstream_of(grad);
   Tensor out = new_gradient(x, x.scalar_type());
   const float* from = static_cast<const float*>(saved.const_data_ptr());
   void* to = out.mutable_data_ptr();
@@ -134,10 +133,13 @@ inline Tensor scale_gradient(const Tensor& grad, const Tensor& saved, const Tens
   constexpr int64_t kChunk = 1 << 16;
   const int64_t n = saved.numel();
   run_items((n + kChunk - 1) / kChunk, 0, [&](int64_t item, float*) {
-    kernels.scaled_copy(from, upstream, to, dtype, item * kChunk, std::min(kChunk, n - item * kChunk));
+    kernels.scaled_copy(from, a, to, dtype, item * kChunk, std::min(kChunk, n - item * kChunk));
   });
   return out;
 }
+
+// Backward where forward has left the gradient for an upstream of 1.
+inline Tensor scale_gradient(const Tensor& grad, const Tensor& saved, const Tensor& x) { return scaled(upstream_of(grad), saved, x); }
 
 inline Tensor new_scalar(const Tensor& like, double value) {
   Tensor out = torch::stable::new_empty(like, {}, ScalarType::Float);

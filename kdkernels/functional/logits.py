@@ -5,7 +5,7 @@ import torch
 from .. import _checks, reference
 from .._load import serves
 from ..ops._common import KIND, REDUCTION, TAIL
-from ._common import any_fp64
+from ._common import any_fp64, need_grad
 
 
 def kd_loss(
@@ -141,25 +141,34 @@ def linear_kd_loss(
     _checks.same_device(
         "student_hidden", student, student_weight=student_weight, student_bias=student_bias, **of_teacher
     )
-    _numbers(kind, reduction, beta, alpha)
+    kind_id, reduction_id, beta, alpha = _numbers(kind, reduction, beta, alpha)
     mask, labels, rows, temperature = _rows(lead, classes, student, mask, labels, ignore_index, temperature)
-    return reference.linear_kd_loss(
-        student,
-        student_weight,
-        teacher,
-        teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        kind=kind,
-        temperature=temperature if rows is None else rows,
-        scale_t2=scale_t2,
-        beta=beta,
-        mask=mask,
-        labels=labels,
-        alpha=alpha,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
+    given = [x for x in (student, student_weight, student_bias, *of_teacher.values()) if x is not None]
+    if any_fp64(*given) or not serves("linear_kd_loss", student.device):
+        return reference.linear_kd_loss(
+            student,
+            student_weight,
+            teacher,
+            teacher_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            kind=kind,
+            temperature=temperature if rows is None else rows,
+            scale_t2=scale_t2,
+            beta=beta,
+            mask=mask,
+            labels=labels,
+            alpha=alpha,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    student, teacher, mask, labels, rows = _two_leading(lead, student, teacher, mask, labels, rows)
+    loss = torch.ops.kdkernels.linear_kd_loss.default(
+        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, mask, labels, rows, kind_id,
+        temperature, bool(scale_t2), beta, alpha, ignore_index, reduction_id,
+        need_grad(*(x for x in (student, student_weight, student_bias) if x is not None)),
+    )[0]  # fmt: skip
+    return loss if reduction != "none" or len(lead) == 2 else loss.view(lead)
 
 
 def topk_kd_loss(

@@ -14,6 +14,7 @@ from ._common import BFLOAT16
 
 CASES = [
     *logits.KD_LOSS,
+    *logits.LINEAR_KD_LOSS,
     *logits.TOPK_KD_LOSS,
     *attention.ATTENTION_KL,
     *attention.ATTENTION_MSE,

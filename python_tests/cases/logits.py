@@ -18,6 +18,13 @@ def topk(
     return case_of("topk_kd_loss", name, why, {**shape, "named": named, "indices": indices}, given)
 
 
+def linear(
+    name, why, lead=(5,), classes=129, d_s=12, d_t=26, *, bias=False, labels=False, row_temperature=False, **given
+):
+    shape = {"lead": lead, "classes": classes, "labels": labels, "row_temperature": row_temperature}
+    return case_of("linear_kd_loss", name, why, {**shape, "d_s": d_s, "d_t": d_t, "bias": bias}, given)
+
+
 KD_LOSS = [
     kd("kl", "the plain loss; 129 classes is one more than a multiple of every vector width"),
     kd("kl_t4", "Hinton's usual temperature", temperature=4.0),
@@ -66,6 +73,41 @@ KD_LOSS = [
     kd("sliced", "a slice of padded logits", lead=(3, 7), layout="sliced"),
     kd("strided", "no two classes are neighbours", lead=(3, 7), layout="strided", kind="jsd"),
     kd("expanded", "a teacher broadcast with stride 0", lead=(3, 7), layout="expanded"),
+]  # fmt: skip
+
+
+LINEAR_KD_LOSS = [
+    linear("kl", "the plain loss from hidden states of two widths"),
+    linear("bias", "heads with a bias, as BERT's decoder", bias=True, temperature=2.0),
+    linear("ce", "soft targets", kind="ce", temperature=4.0, scale_t2=False),
+    linear("reverse_kl", "the gradient needs a row sum of its own", kind="reverse_kl", temperature=2.0),
+    linear("jsd", "two sweeps over a row of the chunk", kind="jsd", beta=0.3),
+    linear("tv", "jumps", kind="tv", temperature=2.0, bias=True),
+    linear("same_width", "a student as wide as its teacher", lead=(3, 7), d_s=12, d_t=12, mask="holes"),
+    linear("wide", "more features than a panel of classes", lead=(3,), classes=41, d_s=1100, d_t=64),
+    linear("one_class", "every distribution over one class is the same", classes=1),
+    linear("one_feature", "outer products", d_s=1, d_t=1),
+    linear("scalar_lead", "one hidden state [D]", lead=(), classes=41),
+    linear("deep_lead", "four leading dimensions", lead=(2, 1, 3, 2), classes=26),
+    linear("panels", "three panels of classes, the last one short", lead=(5, 7), classes=2500, bias=True, mask="holes"),
+    linear("vocabulary", "BERT's vocabulary", lead=(3,), classes=30522, temperature=2.0),
+    linear("chunks", "more rows than a chunk has", lead=(600,), classes=30522, d_s=2, d_t=3, mask=None),
+    linear("mask_holes", "padded rows are not computed", lead=(3, 7), mask="holes", temperature=2.0),
+    linear("mask_lengths", "one sequence all padding", lead=(3, 7), mask=(7, 0, 2), kind="ce", bias=True),
+    linear("labels", "soft and hard term", lead=(3, 7), labels=True, alpha=0.3, temperature=2.0),
+    linear("labels_masked", "ignored labels in the mask", lead=(3, 7), labels=True, alpha=0.7, mask="holes", bias=True),
+    linear("labels_none", "the hard term per row", lead=(3, 7), labels=True, alpha=0.5, reduction="none", mask="holes"),
+    linear("labels_alone", "alpha = 0: the hard term alone", lead=(3, 7), labels=True, alpha=0.0),
+    linear("row_t", "a temperature per row", lead=(3, 7), row_temperature=True, mask="holes"),
+    linear("none", "an upstream gradient per row", lead=(3, 7), reduction="none", bias=True),
+    linear("none_masked", "masked rows are 0", lead=(3, 7), reduction="none", mask="holes", kind="jsd"),
+    linear("sum", "no division", lead=(3, 7), reduction="sum", mask="holes"),
+    linear("mean", "real rows x classes", lead=(3, 7), reduction="mean", mask="holes"),
+    linear("saturated", "probabilities underflow", spread=60.0),
+    linear("transposed", "[N, B, D] as [B, N, D], weights by columns", lead=(3, 7), layout="transposed", mask="holes"),
+    linear("sliced", "slices of wider tensors", lead=(3, 7), layout="sliced", bias=True),
+    linear("strided", "no two features are neighbours", lead=(3, 7), layout="strided"),
+    linear("expanded", "a teacher broadcast with stride 0", lead=(3, 7), layout="expanded"),
 ]  # fmt: skip
 
 
@@ -144,6 +186,10 @@ CPU = [
     (
         topk("kl_512x30522_k64", "a cached teacher", (512,), 30522, named=64, temperature=2.0),
         Target(eager=4, compile=2, memory=_outcomes),
+    ),
+    (
+        linear("kl_1024x384x30522", "the head of a half-width student", (1024,), 30522, 384, 768, temperature=2.0),
+        Target(eager=1.3, compile=1.1, memory=lambda call: 64 << 20),
     ),
 ]
 
