@@ -29,12 +29,13 @@ STRETCHED = [
 
 
 def stretched(call, axis):
-    """The call with every tensor of the student and the teacher that has neighbours along `axis` stretched there."""
+    """The call with every float tensor that has neighbours along `axis` stretched there: student, teacher, biases."""
 
     def stretch(x):
         return far_apart(x, axis) if x.dim() >= -axis and x.shape[axis] > 1 else x.clone()
 
-    return call.map(stretch)
+    others = {name: x for name, x in call.other.items() if torch.is_tensor(x) and x.is_floating_point()}
+    return call.map(stretch).with_options(**{name: stretch(x) for name, x in others.items()})
 
 
 def run_all() -> None:
