@@ -108,6 +108,15 @@ def _attention_mse(call: Call) -> Work:
     return Work(_traffic(call), rows * (2 * width**2 + 4 * width * d_s))
 
 
+def _stored_maps(call: Call) -> Work:
+    """Read both maps where query and key are real, write the whole gradient."""
+    student, teacher = call.student["student_scores"], call.teacher["teacher_scores"]
+    batch, _, tokens, _ = student.shape
+    entry = sum(x.shape[1] * x.element_size() for x in (student, teacher))
+    pairs = _lengths(call, batch, tokens).square().sum().item()
+    return Work(pairs * entry + student.numel() * student.element_size(), 0)
+
+
 def _relation_kl(call: Call) -> Work:
     """Two symmetric maps, of which half is enough, and one product with the symmetric gradient of the map."""
     student, teacher = call.student["student"], call.teacher["teacher"]
@@ -144,6 +153,8 @@ _WORK = {
     "attention_kl": _attention_maps,
     "attention_mse": _attention_mse,
     "relation_kl": _relation_kl,
+    "attention_map_mse": _stored_maps,
+    "attention_map_kl": _stored_maps,
     "hidden_mse": _hidden_mse,
     "hidden_cosine": _hidden_mse,
     "moment_mse": _hidden_mse,

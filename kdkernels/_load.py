@@ -16,6 +16,8 @@ _PACKAGE = Path(__file__).parent
 _CPU_FAMILIES = ("linear_kd_loss", "quant_linear")
 _TRITON_FAMILIES = (
     "attention_kl",
+    "attention_map_kl",
+    "attention_map_mse",
     "attention_mse",
     "hidden_cosine",
     "hidden_mse",

@@ -110,10 +110,13 @@ def _check(device: str) -> list[str]:
     mask = torch.ones(2, 5, dtype=torch.bool, device=device)
     mask[1, 3:] = False
     heads = [draw(2, 2, 5, 8) for _ in range(4)]
+    maps = [draw(2, 2, 5, 5) for _ in range(2)]
     calls = {
         "kd_loss": ([draw(2, 5, 17), draw(2, 5, 17)], {"temperature": 2.0, "mask": mask}),
         "attention_kl": (heads, {"mask": mask}),
         "attention_mse": (heads, {"mask": mask}),
+        "attention_map_mse": (maps, {"mask": mask}),
+        "attention_map_kl": (maps, {"mask": mask}),
         "relation_kl": ([draw(2, 5, 12), draw(2, 5, 16)], {"mask": mask, "num_heads": 2}),
         "hidden_mse": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),
         "hidden_cosine": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),

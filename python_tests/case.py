@@ -17,6 +17,8 @@ OPS = (
     "attention_kl",
     "attention_mse",
     "relation_kl",
+    "attention_map_mse",
+    "attention_map_kl",
     "hidden_mse",
     "hidden_cosine",
     "moment_mse",
@@ -135,6 +137,16 @@ def evaluate(function, call: Call) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return loss.detach(), list(torch.autograd.grad(loss, call.leaves, upstream(loss)))
 
 
+def padding(op: str, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """True at the elements of an argument that belong to padding: maps [B, H, N, N], heads [B, H, N, d], else [*mask,
+    D]."""
+    if op.startswith("attention_map"):
+        real = mask[:, None, :, None] & mask[:, None, None, :]
+    else:
+        real = mask[:, None, :, None] if op.startswith("attention") else mask[..., None]
+    return ~real.expand(x.shape)
+
+
 def _flat(values) -> list[torch.Tensor]:
     return [x for value in values for x in (value if isinstance(value, list) else [value])]
 
@@ -159,18 +171,20 @@ def _lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def _mask(generator: torch.Generator, spec, shape: tuple) -> dict:
-    """spec: None, "holes", "half", a tuple of lengths (one per sequence) or ("uniform", low, high)."""
+    """spec: None, "holes", "half", "left" (half, padded on the left), a tuple of lengths (one per sequence) or
+    ("uniform", low, high)."""
     if spec is None:
         return {}
     if spec == "holes":
         return {"mask": torch.rand(shape, generator=generator) < 0.6}
-    if spec == "half":
+    if spec in ("half", "left"):
         lengths = torch.linspace(1, shape[-1] - 1, shape[0]).round().long()
     elif spec[0] == "uniform":
         lengths = torch.randint(spec[1], spec[2] + 1, shape[:1], generator=generator)
     else:
         lengths = torch.tensor(spec)
-    return {"mask": torch.arange(shape[-1]) < lengths[:, None]}
+    position = torch.arange(shape[-1])
+    return {"mask": (position if spec != "left" else position.flip(0)) < lengths[:, None]}
 
 
 def _pair(generator: torch.Generator, case: Case, student_shape: tuple, teacher_shape: tuple):
@@ -264,6 +278,13 @@ def _relation(generator, case):
     return {"student": student}, {"teacher": teacher}, other
 
 
+def _attention_map(generator, case):
+    batch, heads, heads_t, tokens = (case.shape[key] for key in ("batch", "heads", "heads_t", "tokens"))
+    student, teacher = _pair(generator, case, (batch, heads, tokens, tokens), (batch, heads_t, tokens, tokens))
+    mask = _mask(generator, case.mask, (batch, tokens))
+    return {"student_scores": student}, {"teacher_scores": teacher}, mask
+
+
 def _hidden(generator, case):
     batch, tokens, d_s, d_t = (case.shape[key] for key in ("batch", "tokens", "d_s", "d_t"))
     layers, weights = case.shape.get("layers"), case.shape.get("weights", 0)
@@ -309,6 +330,8 @@ _MAKERS = {
     "attention_kl": _attention,
     "attention_mse": _attention,
     "relation_kl": _relation,
+    "attention_map_mse": _attention_map,
+    "attention_map_kl": _attention_map,
     "hidden_mse": _hidden,
     "hidden_cosine": _hidden,
     "moment_mse": _hidden,

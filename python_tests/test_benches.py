@@ -19,6 +19,7 @@ from . import tolerance
 from .case import OPS, Target, evaluate
 from .cases import BENCHES, CASES, of
 from .cases.attention import attention, relation
+from .cases.attention_map import maps
 from .cases.hidden import hidden
 from .cases.logits import kd
 from .cases.steps import tinybert
@@ -122,8 +123,10 @@ def test_work_counts_real_tokens_only():
     half = replace(full, mask=(8, 0))
     assert roofline.work("hidden_mse", full.make()).bytes == 3 * 2 * 8 * 16 * 4
     assert roofline.work("hidden_mse", half.make()).bytes == 2 * 2 * 8 * 16 * 4
-    maps = attention("attention_kl", "", "", 8, 4, 6, batch=1, heads=2)
-    assert roofline.work("attention_kl", maps.make()).operations == 2 * 8 * 8 * (6 * 4 + 2 * 6)
+    heads = attention("attention_kl", "", "", 8, 4, 6, batch=1, heads=2)
+    assert roofline.work("attention_kl", heads.make()).operations == 2 * 8 * 8 * (6 * 4 + 2 * 6)
+    stored = maps("attention_map_kl", "", "", 8, heads=3, mask=(8, 2))
+    assert roofline.work("attention_map_kl", stored.make()).bytes == 3 * 4 * (2 * (8 * 8 + 2 * 2) + 2 * 8 * 8)
     pairs = relation("", "", 8, 12, 24, batch=1, num_heads=3)
     assert roofline.work("relation_kl", pairs.make()).operations == 8 * 8 * (12 + 24 + 2 * 12)
 

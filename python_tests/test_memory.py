@@ -8,6 +8,7 @@ from benches.timing import Runner
 from kdkernels import functional
 
 from .cases.attention import attention, relation
+from .cases.attention_map import maps
 from .cases.hidden import cosine, hidden, moment
 from .cases.logits import kd
 
@@ -74,6 +75,16 @@ def test_attention_mse_is_linear_in_tokens(on):
 def test_attention_mse_on_scores_is_independent_of_tokens():
     sizes = [extra(attention("attention_mse", "", "", n, 16, 32, batch=2, heads=4, on="scores")) for n in (256, 1024)]
     assert sizes[1] <= sizes[0] + SCALARS
+
+
+@pytest.mark.parametrize("head_reduction", [None, "mean"])
+@pytest.mark.parametrize("mask", [None, (256, 100), "holes"], ids=str)
+def test_maps_keep_no_map(mask, head_reduction):
+    """Nothing for the mean squared error, 16 bytes a row for the KL."""
+    given = dict(heads=4, mask=mask, head_reduction=head_reduction)
+    assert extra(maps("attention_map_mse", "", "", 256, **given)) <= SCALARS
+    rows = 2 * 256 * (1 if head_reduction else 4)
+    assert extra(maps("attention_map_kl", "", "", 256, **given)) <= 16 * rows + SCALARS
 
 
 def test_relation_kl_is_linear_in_tokens():

@@ -49,7 +49,11 @@ def test_nan_in_a_real_row_shows(kind, value):
 
 
 @pytest.mark.parametrize(
-    "op", ["attention_kl", "attention_mse", "relation_kl", "hidden_mse", "hidden_cosine", "moment_mse"]
+    "op",
+    [
+        *("attention_kl", "attention_mse", "attention_map_kl", "attention_map_mse", "relation_kl"),
+        *("hidden_mse", "hidden_cosine", "moment_mse"),
+    ],
 )
 def test_nan_in_a_real_token_shows(op):
     case = next(case for case in of(op) if case.mask is not None)

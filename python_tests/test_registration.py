@@ -26,6 +26,8 @@ CHOSEN = {
     "attention_mse": (
         *("scores_mask_holes", "probs_plain", "scores_transposed", "probs_strided", "scores_packed", "probs_packed"),
     ),
+    "attention_map_mse": ("plain", "mask_holes", "mean_unlike", "transposed", "strided"),
+    "attention_map_kl": ("plain", "mask_holes", "none", "none_mean", "transposed", "strided"),
     "relation_kl": ("plain", "mask_holes", "none", "transposed", "strided", "packed_none"),
     "hidden_cosine": ("layers", "mask_holes", "strided"),
     "moment_mse": ("layers", "mask_holes", "squared", "strided"),

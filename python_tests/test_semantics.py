@@ -9,7 +9,7 @@ import torch
 
 from kdkernels import functional, nn
 
-from .case import OPS, evaluate
+from .case import OPS, evaluate, padding
 from .cases import CASES, of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,13 +17,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MASKED = [case for case in CASES if case.mask is not None]
 ROWS = [case for case in CASES if case.options.get("reduction") == "none"]
 ids = {"ids": lambda case: case.id}
-
-
-def padding(case, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """True at the elements of x that belong to padding; x is [B, H, N, d] in the attention families, else [*mask,
-    D]."""
-    rows = mask[:, None, :, None] if case.op.startswith("attention") else mask[..., None]
-    return ~rows.expand(x.shape)
 
 
 def equal(a, b) -> bool:
@@ -41,7 +34,7 @@ def test_padding_may_hold_anything(case, poison):
     def poisoned(x):
         if x.dim() < 3:  # a projection has no tokens
             return x.clone()
-        return torch.where(padding(case, x, mask), poison, x)
+        return torch.where(padding(case.op, x, mask), poison, x)
 
     assert equal(evaluate(getattr(functional, case.op), call.map(poisoned)), expected)
 
@@ -93,11 +86,19 @@ def test_nothing_real_gives_zero(case):
 @pytest.mark.parametrize("op", OPS)
 def test_empty_inputs(op, empty):
     call = of(op)[0].make()
-    axis = {"batch": 0, "tokens": -2}[empty]
+    axes = [0] if empty == "batch" else [-2, -1] if op.startswith("attention_map") else [-2]
     heads = [x for name, x in call.arguments.items() if name.endswith("_weight") and torch.is_tensor(x)]
-    cut = call.map(lambda x: x if x.dim() < 2 or any(x.shape == w.shape for w in heads) else x.narrow(axis, 0, 0))
+
+    def narrowed(x):
+        if x.dim() < 2 or any(x.shape == w.shape for w in heads):
+            return x
+        for axis in axes:
+            x = x.narrow(axis, 0, 0)
+        return x
+
+    cut = call.map(narrowed)
     if "teacher_indices" in call.other:
-        cut = cut.with_options(teacher_indices=call.other["teacher_indices"].narrow(axis, 0, 0))
+        cut = cut.with_options(teacher_indices=call.other["teacher_indices"].narrow(axes[0], 0, 0))
     function = getattr(functional, op)
     for reduction in ({}, {"reduction": "none"}) if "reduction" in signature(function).parameters else ({},):
         loss, gradients = evaluate(function, cut.with_options(**reduction))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdkernels import functional, ops, reference
-from python_tests.case import evaluate
+from python_tests.case import evaluate, padding
 from python_tests.cases import of
 from python_tests.nosync import NoSync
 from python_tests.test_offsets import stretched
@@ -25,6 +25,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 FAMILIES = (
     "attention_kl",
+    "attention_map_kl",
+    "attention_map_mse",
     "attention_mse",
     "hidden_cosine",
     "hidden_mse",
@@ -101,15 +103,20 @@ PADDED = by_name(
     "attention_kl-causal_holes", "attention_mse-probs_mask_lengths",
     "attention_mse-scores_mask_lengths", "relation_kl-mask_lengths", "hidden_mse-layer_norm",
     "hidden_mse-projected_each", "hidden_cosine-mask_lengths", "moment_mse-weights",
-    "topk_kd_loss-mask_lengths", "topk_kd_loss-labels_bucket", "topk_kd_loss-row_t",
+    "topk_kd_loss-mask_lengths", "topk_kd_loss-labels_bucket", "topk_kd_loss-row_t", "attention_map_mse-mask_holes",
+    "attention_map_mse-mean", "attention_map_kl-mask_lengths", "attention_map_kl-none_holes",
+    "attention_map_kl-none_mean",
 )  # fmt: skip
 # One case of every family, and the other ways through some of them.
 STRETCHED = [next(case for case in CASES if case.op == family) for family in FAMILIES] + [
-    case for case in CASES if case.name in ("none_holes", "bias", "probs_plain", "layer_norm", "projected_bias")
+    case
+    for case in CASES
+    if case.name in ("none_holes", "none_mean", "bias", "probs_plain", "layer_norm", "projected_bias")
 ]
 HALVES = PADDED + by_name(
     "attention_kl-d80", "attention_kl-head_sum", "attention_kl-lse", "attention_kl-packed_all", "hidden_mse-l2",
-    "hidden_cosine-plain", "moment_mse-squared", "topk_kd_loss-vocabulary",
+    "hidden_cosine-plain", "moment_mse-squared", "topk_kd_loss-vocabulary", "attention_map_mse-plain",
+    "attention_map_kl-plain",
 )  # fmt: skip
 
 
@@ -139,7 +146,7 @@ def test_padding_may_hold_anything(case):
     def poison(x):
         if x.dim() < 3:
             return x.clone()
-        return x.masked_fill(~(mask[:, None, :, None] if x.dim() == 4 else mask[:, :, None]), torch.nan)
+        return x.masked_fill(padding(case.op, x, mask), torch.nan)
 
     function = getattr(functional, case.op)
     results = [evaluate(function, c) for c in (call, call, call.map(poison))]
@@ -169,6 +176,9 @@ def test_no_real_token(case):
         "attention_mse-scores_d26",
         "relation_kl-d6",
         "hidden_mse-l2",
+        "attention_map_mse-mean",
+        "attention_map_kl-plain",
+        "attention_map_kl-mean",
         "topk_kd_loss-all_named",
         "hidden_cosine-layers",
         "moment_mse-layers",
@@ -192,7 +202,8 @@ def detached(value):
 @pytest.mark.parametrize("case", STRETCHED, ids=lambda case: case.id)
 def test_offsets_beyond_32_bits(case):
     """The interpreter's integers wrap around as the GPU's do. Every axis in turn spans 2^32 elements."""
-    small = {key: size for key, size in {"batch": 2, "heads": 2, "tokens": 5}.items() if key in case.shape}
+    sizes = {"batch": 2, "heads": 2, "heads_t": 2, "tokens": 5}
+    small = {key: size for key, size in sizes.items() if key in case.shape}
     small = {} if case.shape.get("bias_s") else small  # which states the shape of the whole map
     call = replace(case, shape={**case.shape, **small}).make(0)
     function = getattr(functional, case.op)
@@ -228,6 +239,8 @@ def test_nan_in_a_real_token_reaches_the_loss():
         "attention_kl-plain",
         "attention_mse-probs_plain",
         "attention_mse-scores_plain",
+        "attention_map_mse-plain",
+        "attention_map_kl-plain",
         "hidden_mse-plain",
         "topk_kd_loss-kl",
         "hidden_cosine-plain",

@@ -23,6 +23,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from kdkernels.ops._common import HEAD_REDUCTION, KIND, NORMALIZE, ON, REDUCTION, TAIL, VARIANCE  # noqa: E402
 from kdkernels.triton import (  # noqa: E402
     attention_kl,
+    attention_map_kl,
+    attention_map_mse,
     attention_mse,
     hidden_cosine,
     hidden_mse,
@@ -180,6 +182,23 @@ def run_relation_kl(dtype, num_heads):
     relation_kl.relation_kl_backward(UPSTREAM, *inputs, mask, bounds, *saved, *scalars)
 
 
+def maps(dtype):
+    return [torch.empty(2, heads, 256, 256, dtype=dtype) for heads in (3, 3)]
+
+
+def run_attention_map_mse(dtype, head_reduction):
+    inputs = *maps(dtype), MASK
+    attention_map_mse.attention_map_mse(*inputs, HEAD_REDUCTION[head_reduction])
+    attention_map_mse.attention_map_mse_backward(UPSTREAM, *inputs, HEAD_REDUCTION[head_reduction])
+
+
+def run_attention_map_kl(dtype, reduction):
+    inputs, grad = (*maps(dtype), MASK), UPSTREAM if reduction != "none" else torch.ones(2, 3, 256)
+    scalars = 2.0, HEAD_REDUCTION[None], REDUCTION[reduction]
+    _, stats = attention_map_kl.attention_map_kl(*inputs, *scalars)
+    attention_map_kl.attention_map_kl_backward(grad, *inputs, stats, *scalars)
+
+
 def run_hidden_mse(dtype, normalize):
     student, teacher = ([torch.empty(2, 256, 768, dtype=dtype) for _ in range(3)] for _ in range(2))
     arguments = student, teacher, MASK, [], []
@@ -220,6 +239,8 @@ OPTIONS = {
     ),
     run_attention_mse: (*ON, "full_scores", "packed_scores", "full_probs", "packed_probs"),
     run_relation_kl: (12, 1, "packed"),
+    run_attention_map_mse: (None, "mean"),
+    run_attention_map_kl: ("batchmean", "none"),
     run_hidden_mse: tuple(NORMALIZE),
     run_hidden_mse_projected: (None,),
     run_topk_kd_loss: tuple(TAIL),

@@ -26,6 +26,8 @@ MODULES = {
     "topk_kd_loss": nn.TopkKdLoss,
     "attention_kl": nn.AttentionKl,
     "attention_mse": nn.AttentionMse,
+    "attention_map_mse": nn.AttentionMapMse,
+    "attention_map_kl": nn.AttentionMapKl,
     "relation_kl": nn.RelationKl,
     "hidden_mse": nn.HiddenMse,
     "hidden_cosine": nn.HiddenCosine,

@@ -177,6 +177,38 @@ def attention_mse(
     return (F.mse_loss(student, teacher, reduction="none") * real).sum() / count
 
 
+def attention_map_mse(student_scores, teacher_scores, mask=None, *, head_reduction=None):
+    student, teacher = (_reduce_heads(x, head_reduction) for x in (student_scores, teacher_scores))
+    if mask is None:
+        return F.mse_loss(student, teacher)
+    real = (mask[:, None, :, None] & mask[:, None, None, :]).to(student.dtype)
+    count = mask.sum(-1).square().sum() * student.shape[1]
+    return (F.mse_loss(student, teacher, reduction="none") * real).sum() / count
+
+
+def attention_map_kl(
+    student_scores,
+    teacher_scores,
+    mask=None,
+    *,
+    temperature=1.0,
+    head_reduction=None,
+    reduction="batchmean",
+    log_target=True,
+):
+    student, teacher = (
+        _mask_keys(_reduce_heads(x, head_reduction) / temperature, mask) for x in (student_scores, teacher_scores)
+    )
+    rows = _divergence(student, teacher, "kl", 0.5, log_target)
+    if head_reduction is not None:
+        return _reduce(rows.squeeze(1), mask, reduction)
+    return _reduce(rows, None if mask is None else mask[:, None, :].expand(rows.shape), reduction)
+
+
+def attention_map_kl_softmax_target(*tensors, **options):
+    return attention_map_kl(*tensors, **options, log_target=False)
+
+
 def relation_kl(student, teacher, mask=None, *, num_heads, **options):
     s, t = _split_heads(student, num_heads), _split_heads(teacher, num_heads)
     return attention_kl(s, s, t, t, mask, **options)
@@ -246,6 +278,8 @@ VARIANTS = {
     "topk_kd_loss": (topk_kd_loss,),
     "attention_kl": (attention_kl, attention_kl_softmax_target),
     "attention_mse": (attention_mse,),
+    "attention_map_mse": (attention_map_mse,),
+    "attention_map_kl": (attention_map_kl, attention_map_kl_softmax_target),
     "relation_kl": (relation_kl, relation_kl_softmax_target),
     "hidden_mse": (hidden_mse,),
     "hidden_cosine": (hidden_cosine, hidden_cosine_embedding_loss),
@@ -320,11 +354,20 @@ def _scores(q, k, scale, mask, temperature=1.0, *, bias=None, causal=False, head
     scores = q @ k.transpose(-1, -2) * (scale / temperature)
     if bias is not None:
         scores = scores + bias[..., : q.shape[2], : q.shape[2]].to(scores.dtype) / temperature
-    if head_reduction is not None:
-        scores = scores.sum(1, keepdim=True) if head_reduction == "sum" else scores.mean(1, keepdim=True)
+    scores = _reduce_heads(scores, head_reduction)
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), PADDING)
+    return _mask_keys(scores, mask)
+
+
+def _mask_keys(scores, mask):
     return scores if mask is None else scores.masked_fill(~mask[:, None, None, :], PADDING)
+
+
+def _reduce_heads(scores, head_reduction):
+    if head_reduction is None:
+        return scores
+    return scores.sum(1, keepdim=True) if head_reduction == "sum" else scores.mean(1, keepdim=True)
 
 
 def _padded(cu_seqlens, *packed):

@@ -26,6 +26,7 @@ namespace {
 #include "attention_rows.inl"
 #include "attention.inl"
 #include "attention_mse.inl"
+#include "attention_map.inl"
 #include "hidden.inl"
 #include "hidden_mse.inl"
 #include "hidden_mse_projection.inl"
@@ -50,6 +51,9 @@ const Table table = {
     .attention_scores_scratch = attention_scores_scratch,
     .attention_scores = attention_scores,
     .attention_scores_backward = attention_scores_backward,
+    .attention_map_scratch = attention_map_scratch,
+    .attention_map_forward = attention_map_forward,
+    .attention_map_backward = attention_map_backward,
     .scaled_copy = scaled_copy,
     .hidden_forward = hidden_forward,
     .hidden_backward = hidden_backward,

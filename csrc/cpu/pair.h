@@ -28,7 +28,12 @@ inline F16 from_float(float x, F16) { return {f32_to_f16(x)}; }
 template <typename T>
 inline Pair load_pair_n(const T* p, int64_t n, float fill) {
   T x[2 * W];
+#if defined(__AVX512BW__)
+  const __m512i rest = _mm512_set1_epi16(static_cast<int16_t>(from_float(fill, T{}).bits));
+  _mm512_storeu_si512(x, _mm512_mask_loadu_epi16(rest, static_cast<__mmask32>((1ull << n) - 1), p));
+#else
   for (int i = 0; i < 2 * W; ++i) x[i] = i < n ? p[i] : from_float(fill, T{});
+#endif
   return load_pair(x);
 }
 
@@ -71,9 +76,18 @@ inline void store_pair(float* p, Pair x) {
 
 template <typename T>
 inline void store_pair_n(T* p, Pair x, int64_t n) {
+#if defined(__AVX512BW__)
+  _mm512_mask_storeu_epi16(p, static_cast<__mmask32>((1ull << n) - 1), reinterpret_cast<__m512i>(pack(x, T{})));
+#else
   T all[2 * W];
   store_pair(all, x);
   __builtin_memcpy(p, all, n * sizeof(T));
+#endif
+}
+
+inline void store_pair_n(float* p, Pair x, int64_t n) {
+  store_n(p, x.a, n < W ? n : W);
+  store_n(p + W, x.b, n < W ? 0 : n - W);
 }
 
 // As stream(): p is a whole vector's address where it is to help.

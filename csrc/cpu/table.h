@@ -4,6 +4,7 @@
 
 #include "../ops/attention.h"
 #include "../ops/moment_mse.h"
+#include "attention_map.h"
 #include "hidden.h"
 #include "hidden_mse.h"
 #include "kd_loss.h"
@@ -35,6 +36,11 @@ struct Table {
   int64_t (*attention_scores_scratch)(const Attention&);
   void (*attention_scores)(const Attention&, int64_t item, float* scratch);  // MSE of scores by Gram matrices
   void (*attention_scores_backward)(const Attention&, int64_t item, float* scratch);
+
+  // One item = map_rows_per_item() rows of one map.
+  int64_t (*attention_map_scratch)(const AttentionMap&);
+  void (*attention_map_forward)(const AttentionMap&, int64_t item, float* scratch);
+  void (*attention_map_backward)(const AttentionMap&, int64_t item, float* scratch);
 
   // out[first, first + n) = a * x[first, first + n): how backward applies the upstream gradient to a gradient of forward.
   void (*scaled_copy)(const float* x, float a, void* out, DType dtype, int64_t first, int64_t n);

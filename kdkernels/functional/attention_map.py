@@ -3,9 +3,12 @@
 Where queries and keys are at hand, `attention_kl` and `attention_mse` need no N x N tensor at all.
 """
 
+import torch
+
 from .. import _checks, reference
+from .._load import serves
 from ..ops._common import HEAD_REDUCTION
-from ._common import ROW_REDUCTION
+from ._common import ROW_REDUCTION, any_fp64
 
 
 def attention_map_mse(student_scores, teacher_scores, mask=None, *, head_reduction=None):
@@ -22,9 +25,11 @@ def attention_map_mse(student_scores, teacher_scores, mask=None, *, head_reducti
 
     Returns: a scalar; float32 (float64 for float64 inputs).
     """
-    _check_maps(student_scores, teacher_scores, head_reduction)
+    head_id = _check_maps(student_scores, teacher_scores, head_reduction)
     mask = _check_mask(mask, student_scores)
-    return reference.attention_map_mse(student_scores, teacher_scores, mask, head_reduction=head_reduction)
+    if any_fp64(student_scores, teacher_scores) or not serves("attention_map_mse", student_scores.device):
+        return reference.attention_map_mse(student_scores, teacher_scores, mask, head_reduction=head_reduction)
+    return torch.ops.kdkernels.attention_map_mse.default(student_scores, teacher_scores, mask, head_id)
 
 
 def attention_map_kl(
@@ -46,18 +51,22 @@ def attention_map_kl(
 
     Returns: a scalar, [B, H, N] or [B, N]; float32 (float64 for float64 inputs).
     """
-    _check_maps(student_scores, teacher_scores, head_reduction)
+    head_id = _check_maps(student_scores, teacher_scores, head_reduction)
     mask = _check_mask(mask, student_scores)
-    _checks.choice("reduction", reduction, ROW_REDUCTION)
+    reduction_id = _checks.choice("reduction", reduction, ROW_REDUCTION)
     temperature = _checks.number("temperature", temperature, above=0)
-    return reference.attention_map_kl(
-        student_scores,
-        teacher_scores,
-        mask,
-        temperature=temperature,
-        head_reduction=head_reduction,
-        reduction=reduction,
-    )
+    if any_fp64(student_scores, teacher_scores) or not serves("attention_map_kl", student_scores.device):
+        return reference.attention_map_kl(
+            student_scores,
+            teacher_scores,
+            mask,
+            temperature=temperature,
+            head_reduction=head_reduction,
+            reduction=reduction,
+        )
+    return torch.ops.kdkernels.attention_map_kl.default(
+        student_scores, teacher_scores, mask, temperature, head_id, reduction_id
+    )[0]
 
 
 def _check_mask(mask, scores):

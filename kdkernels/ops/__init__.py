@@ -2,6 +2,8 @@
 
 from . import (
     attention_kl,
+    attention_map_kl,
+    attention_map_mse,
     attention_mse,
     hidden_cosine,
     hidden_mse,
@@ -16,6 +18,8 @@ from . import varlen_attention as _varlen_attention  # noqa: F401  no family of 
 
 FAMILIES = (
     "attention_kl",
+    "attention_map_kl",
+    "attention_map_mse",
     "attention_mse",
     "hidden_cosine",
     "hidden_mse",
@@ -30,6 +34,8 @@ FAMILIES = (
 __all__ = [
     "FAMILIES",
     "attention_kl",
+    "attention_map_kl",
+    "attention_map_mse",
     "attention_mse",
     "hidden_cosine",
     "hidden_mse",

@@ -1,9 +1,21 @@
 """The Triton kernels, one file per op family; importing this package registers them for CUDA tensors."""
 
-from . import attention_kl, attention_mse, hidden_cosine, hidden_mse, moment_mse, relation_kl, topk_kd_loss
+from . import (
+    attention_kl,
+    attention_map_kl,
+    attention_map_mse,
+    attention_mse,
+    hidden_cosine,
+    hidden_mse,
+    moment_mse,
+    relation_kl,
+    topk_kd_loss,
+)
 
 __all__ = [
     "attention_kl",
+    "attention_map_kl",
+    "attention_map_mse",
     "attention_mse",
     "hidden_cosine",
     "hidden_mse",

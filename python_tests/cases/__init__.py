@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..case import OPS, Case, Target
 from ..steps import STEPS
-from . import attention, hidden, logits, steps
+from . import attention, attention_map, hidden, logits, steps
 from ._common import BFLOAT16
 
 CASES = [
@@ -19,12 +19,14 @@ CASES = [
     *attention.ATTENTION_KL,
     *attention.ATTENTION_MSE,
     *attention.RELATION_KL,
+    *attention_map.ATTENTION_MAP_MSE,
+    *attention_map.ATTENTION_MAP_KL,
     *hidden.HIDDEN_MSE,
     *hidden.HIDDEN_COSINE,
     *hidden.MOMENT_MSE,
 ]
 
-_CPU = [*logits.CPU, *attention.CPU, *hidden.CPU, *steps.CPU]
+_CPU = [*logits.CPU, *attention.CPU, *attention_map.CPU, *hidden.CPU, *steps.CPU]
 _CUDA = [*logits.CUDA, *attention.CUDA]
 
 BENCHES = [
