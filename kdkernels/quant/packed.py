@@ -29,8 +29,8 @@ class Parts:
 class PackedWeight:
     """A weight [out features, in features] in 8 to 2 bits.
 
-    It holds one uint8 tensor, `blob`, the same on every device, and from its first use on the weight as the kernels of
-    the blob's device read it. Immutable: threads may share it.
+    It holds one uint8 tensor, `blob`, the same on every device, and beside it the same weight as the kernels of the
+    blob's device read it, laid out once, here. Immutable: threads may share it.
 
     Args:
         blob: a flat uint8 tensor as `pack` made it, for instance out of a safetensors file.
@@ -41,11 +41,7 @@ class PackedWeight:
     def __init__(self, blob: torch.Tensor):
         self.scheme, self.shape = _read_header(blob)
         self.blob = blob.detach().contiguous()
-
-    @cached_property
-    def prepared(self) -> torch.Tensor | None:
-        """The weight as the kernels of its device read it; None where the reference serves it."""
-        return torch.ops.kdkernels.quant_prepare(self.blob) if self.device.type == "cpu" else None
+        self.prepared = torch.ops.kdkernels.quant_prepare(self.blob) if blob.device.type == "cpu" else None
 
     @property
     def nbytes(self) -> int:
