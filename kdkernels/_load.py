@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import ops
 
 _PACKAGE = Path(__file__).parent
-_CPU_FAMILIES = ("linear_kd_loss", "quant_linear")
+_CPU_FAMILIES = ("quant_linear",)
 _TRITON_FAMILIES = (
     "attention_kl",
     "attention_map_kl",
@@ -21,6 +21,7 @@ _TRITON_FAMILIES = (
     "attention_mse",
     "hidden_cosine",
     "hidden_mse",
+    "linear_kd_loss",
     "moment_mse",
     "relation_kl",
     "topk_kd_loss",

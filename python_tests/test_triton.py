@@ -30,6 +30,7 @@ FAMILIES = (
     "attention_mse",
     "hidden_cosine",
     "hidden_mse",
+    "linear_kd_loss",
     "moment_mse",
     "relation_kl",
     "topk_kd_loss",
@@ -105,7 +106,8 @@ PADDED = by_name(
     "hidden_mse-projected_each", "hidden_cosine-mask_lengths", "moment_mse-weights",
     "topk_kd_loss-mask_lengths", "topk_kd_loss-labels_bucket", "topk_kd_loss-row_t", "attention_map_mse-mask_holes",
     "attention_map_mse-mean", "attention_map_kl-mask_lengths", "attention_map_kl-none_holes",
-    "attention_map_kl-none_mean",
+    "attention_map_kl-none_mean", "linear_kd_loss-labels_masked", "linear_kd_loss-same_width",
+    "linear_kd_loss-none_masked",
 )  # fmt: skip
 # One case of every family, and the other ways through some of them.
 STRETCHED = [next(case for case in CASES if case.op == family) for family in FAMILIES] + [
@@ -116,7 +118,7 @@ STRETCHED = [next(case for case in CASES if case.op == family) for family in FAM
 HALVES = PADDED + by_name(
     "attention_kl-d80", "attention_kl-head_sum", "attention_kl-lse", "attention_kl-packed_all", "hidden_mse-l2",
     "hidden_cosine-plain", "moment_mse-squared", "topk_kd_loss-vocabulary", "attention_map_mse-plain",
-    "attention_map_kl-plain",
+    "attention_map_kl-plain", "linear_kd_loss-panels",
 )  # fmt: skip
 
 
@@ -180,6 +182,7 @@ def test_no_real_token(case):
         "attention_map_kl-plain",
         "attention_map_kl-mean",
         "topk_kd_loss-all_named",
+        "linear_kd_loss-same_width",
         "hidden_cosine-layers",
         "moment_mse-layers",
     ),
@@ -243,6 +246,7 @@ def test_nan_in_a_real_token_reaches_the_loss():
         "attention_map_kl-plain",
         "hidden_mse-plain",
         "topk_kd_loss-kl",
+        "linear_kd_loss-kl",
         "hidden_cosine-plain",
         "moment_mse-plain",
     ):

@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <cmath>
 #include <vector>
 
 #include "kd_rows.h"
@@ -135,7 +136,7 @@ struct Call {
   std::vector<int64_t> labels;
   std::vector<float> temperatures, stats;
   Head student, teacher;
-  // Factors of the two terms. A mean's are relative to `unit`, which joins after the products: 1 / rows would underflow in fp16.
+  // Factors of the two terms relative to `unit`, which joins after the products: before them, 1 / rows would underflow in fp16.
   cpu::KdWeights weights;
   float unit;
 };
@@ -166,8 +167,8 @@ Call describe_linear(const Tensor& student, const Tensor& student_weight, const 
     if (all.labels) call.labels.push_back(all.labels[r]);
     if (all.row_temperature) call.temperatures.push_back(all.row_temperature[r]);
   }
-  if (call.weights.soft != 0) call.unit = call.weights.soft;
-  else if (call.weights.hard != 0) call.unit = call.weights.hard;
+  const float larger = std::max(std::abs(call.weights.soft), std::abs(call.weights.hard));
+  if (larger > 0) call.unit = larger;
   call.weights = {call.weights.soft / call.unit, call.weights.hard / call.unit};
   return call;
 }

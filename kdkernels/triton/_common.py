@@ -105,6 +105,15 @@ def finish(partial: torch.Tensor, count: torch.Tensor | None, divisor: int, powe
     return loss
 
 
+def product(a, b):
+    """a @ b [rows, columns] with float32 sums and result, operands in the wider of their dtypes."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    if dtype == torch.float32 or not a.is_cuda:  # not on CUDA: interpreted
+        return torch.mm(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 def dot_dtype(*tensors: torch.Tensor) -> tl.dtype:
     """What tl.dot multiplies: the inputs' own 16-bit type where they agree (exact products), else float32."""
     dtypes = {t.dtype for t in tensors}

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..ops._common import NORMALIZE
-from ._common import LAUNCH, finish, host_divisor, mean_divisor, register
+from ._common import LAUNCH, finish, host_divisor, mean_divisor, product, register
 from ._hidden import alike, load_rows, of_layer, real_tokens, row_tiles, store_rows
 
 L2, LAYER_NORM = tl.constexpr(NORMALIZE["l2"]), tl.constexpr(NORMALIZE["layer_norm"])
@@ -87,15 +87,6 @@ def _launch(students, teachers, mask, count, normalize, *, bias=None, loss=False
     return finish(partial, count, divisor, 1) if loss else None
 
 
-def _product(a, b):
-    """a @ b [rows, columns] with float32 sums and result, operands in the wider of their dtypes."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    a, b = a.to(dtype), b.to(dtype)
-    if dtype == torch.float32 or not a.is_cuda:  # not on CUDA: interpreted
-        return torch.mm(a.float(), b.float())
-    return torch.mm(a, b, out_dtype=torch.float32)
-
-
 def hidden_mse(student, teacher, mask, weight, bias, normalize, need_grad):
     count = real_tokens(mask)
     if weight:
@@ -122,14 +113,14 @@ def _projected(student, teacher, mask, count, weight, bias, normalize, need_grad
         if mask is not None:
             s = torch.where(mask[:, :, None], s, 0)  # NaN padding would spread through the product for d_weight
         flat = s.reshape(-1, s.shape[2])
-        projected = _product(flat, w.t()).view(t.shape)
+        projected = product(flat, w.t()).view(t.shape)
         slope = torch.empty_like(projected, dtype=torch.promote_types(s.dtype, w.dtype)) if need_grad else None
         outs = (slope,) if need_grad else None
         losses.append(_launch([projected], [t], mask, count, normalize, bias=b, loss=True, outs=outs))
         if need_grad:
             slope = slope.view(-1, t.shape[2])
-            d_student.append(_product(slope, w).view(s.shape))
-            d_weight[own] += _product(slope.t(), flat)
+            d_student.append(product(slope, w).view(s.shape))
+            d_weight[own] += product(slope.t(), flat)
             if bias:
                 d_bias[own] += slope.sum(0, dtype=torch.float32)
     return sum(losses[1:], losses[0]), [*d_student, *d_weight, *d_bias]

@@ -206,4 +206,11 @@ CUDA = [
         topk("topk_8192x128256_k64_bf16", "a cached teacher of a Llama vocabulary", (8192,), 128256, named=64),
         Target(eager=5, compile=2, memory=_outcomes),
     ),
+    *(
+        (
+            linear(f"{kind}_8192x384x30522_bf16", "a half-width student's head", (8192,), 30522, 384, 768, kind=kind),
+            Target(liger=goal, memory=lambda call: 64 << 20),
+        )
+        for kind, goal in (("kl", 1.15), ("jsd", 4))
+    ),
 ]
