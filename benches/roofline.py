@@ -146,6 +146,18 @@ def _tinybert_step(call: Call) -> Work:
     return Work(sum(part.bytes for part in parts), sum(part.operations for part in parts))
 
 
+def _gram_mse(call: Call) -> Work:
+    """Both Gram matrices, half of them where symmetric, and the products of their difference with both factors."""
+    s0, s1 = call.student["s0"], call.student.get("s1")
+    lengths = _lengths(call, *s0.shape[:2])
+    width = s0.shape[2] + call.teacher["t0"].shape[2]
+    if call.other.get("over", "hidden") == "token":
+        pairs = lengths.square().sum().item()
+        return Work(_traffic(call), pairs * (width + 2 * s0.shape[2] if s1 is None else 2 * width + 4 * s0.shape[2]))
+    entries = s0.shape[2] * (s0 if s1 is None else s1).shape[2]
+    return Work(_traffic(call), lengths.sum().item() * entries * (4 if s1 is None else 8))
+
+
 _WORK = {
     "kd_loss": _kd_loss,
     "linear_kd_loss": _linear_kd_loss,
@@ -158,5 +170,6 @@ _WORK = {
     "hidden_mse": _hidden_mse,
     "hidden_cosine": _hidden_mse,
     "moment_mse": _hidden_mse,
+    "gram_mse": _gram_mse,
     "tinybert_step": _tinybert_step,
 }

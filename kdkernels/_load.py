@@ -19,6 +19,7 @@ _TRITON_FAMILIES = (
     "attention_map_kl",
     "attention_map_mse",
     "attention_mse",
+    "gram_mse",
     "hidden_cosine",
     "hidden_mse",
     "linear_kd_loss",

@@ -120,6 +120,7 @@ def _check(device: str) -> list[str]:
         "relation_kl": ([draw(2, 5, 12), draw(2, 5, 16)], {"mask": mask, "num_heads": 2}),
         "hidden_mse": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),
         "hidden_cosine": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),
+        "gram_mse": ([draw(2, 5, 12) for _ in range(4)], {"mask": mask}),
         "moment_mse": ([draw(2, 5, 12), draw(2, 5, 12)], {"mask": mask}),
     }
     problems = []

@@ -22,6 +22,7 @@ OPS = (
     "hidden_mse",
     "hidden_cosine",
     "moment_mse",
+    "gram_mse",
 )
 FLOAT32 = (torch.float32, torch.float32)
 
@@ -323,6 +324,16 @@ def _tinybert_step(generator, case):
     return student, teacher, _mask(generator, case.mask, (batch, tokens))
 
 
+def _gram(generator, case):
+    batch, tokens, d_s, d_t = (case.shape[key] for key in ("batch", "tokens", "d_s", "d_t"))
+    s0, t0 = _pair(generator, case, (batch, tokens, d_s), (batch, tokens, d_t))
+    other = _mask(generator, case.mask, (batch, tokens))
+    if case.shape["same"]:
+        return {"s0": s0}, {"t0": t0}, {**other, "s1": None, "t1": None}
+    s1, t1 = _pair(generator, case, (batch, tokens, case.shape["d_s1"]), (batch, tokens, case.shape["d_t1"]))
+    return {"s0": s0, "s1": s1}, {"t0": t0, "t1": t1}, other
+
+
 _MAKERS = {
     "kd_loss": _kd_loss,
     "linear_kd_loss": _linear_kd_loss,
@@ -335,5 +346,6 @@ _MAKERS = {
     "hidden_mse": _hidden,
     "hidden_cosine": _hidden,
     "moment_mse": _hidden,
+    "gram_mse": _gram,
     "tinybert_step": _tinybert_step,
 }

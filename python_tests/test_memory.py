@@ -9,7 +9,7 @@ from kdkernels import functional
 
 from .cases.attention import attention, relation
 from .cases.attention_map import maps
-from .cases.hidden import cosine, hidden, moment
+from .cases.hidden import cosine, gram, hidden, moment
 from .cases.logits import kd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,3 +103,11 @@ def test_hidden_cosine_keeps_nothing():
 
 def test_moment_mse_keeps_12_bytes_a_row():
     assert extra(moment("", "", 256, 128, batch=2, layers=4, mask=(256, 100))) <= 12 * 4 * 2 * 256 + SCALARS
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same", "two"])
+@pytest.mark.parametrize("over", ["hidden", "token"])
+def test_gram_mse_keeps_the_gradients(over, same):
+    """In float32, for backward to scale; neither of the N x N or D x D matrices."""
+    case = gram("", "", 640, 320, batch=1, same=same, over=over)
+    assert extra(case) <= (1 if same else 2) * 640 * 320 * 4 + SCALARS

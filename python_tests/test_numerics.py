@@ -52,7 +52,7 @@ def test_nan_in_a_real_row_shows(kind, value):
     "op",
     [
         *("attention_kl", "attention_mse", "attention_map_kl", "attention_map_mse", "relation_kl"),
-        *("hidden_mse", "hidden_cosine", "moment_mse"),
+        *("hidden_mse", "hidden_cosine", "moment_mse", "gram_mse"),
     ],
 )
 def test_nan_in_a_real_token_shows(op):

@@ -30,6 +30,7 @@ CHOSEN = {
     "attention_map_kl": ("plain", "mask_holes", "none", "none_mean", "transposed", "strided"),
     "relation_kl": ("plain", "mask_holes", "none", "transposed", "strided", "packed_none"),
     "hidden_cosine": ("layers", "mask_holes", "strided"),
+    "gram_mse": ("hidden_plain", "hidden_same", "token_mask_holes", "token_strided"),
     "moment_mse": ("layers", "mask_holes", "squared", "strided"),
     "hidden_mse": ("layers", "projected_each", "mask_holes", "strided", "strided_projected", "l2"),
 }

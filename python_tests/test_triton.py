@@ -28,6 +28,7 @@ FAMILIES = (
     "attention_map_kl",
     "attention_map_mse",
     "attention_mse",
+    "gram_mse",
     "hidden_cosine",
     "hidden_mse",
     "linear_kd_loss",
@@ -108,6 +109,7 @@ PADDED = by_name(
     "attention_map_mse-mean", "attention_map_kl-mask_lengths", "attention_map_kl-none_holes",
     "attention_map_kl-none_mean", "linear_kd_loss-labels_masked", "linear_kd_loss-same_width",
     "linear_kd_loss-none_masked",
+    "gram_mse-hidden_mask_lengths", "gram_mse-token_mask_lengths_same",
 )  # fmt: skip
 # One case of every family, and the other ways through some of them.
 STRETCHED = [next(case for case in CASES if case.op == family) for family in FAMILIES] + [

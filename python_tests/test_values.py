@@ -32,6 +32,7 @@ MODULES = {
     "hidden_mse": nn.HiddenMse,
     "hidden_cosine": nn.HiddenCosine,
     "moment_mse": nn.MomentMse,
+    "gram_mse": nn.GramMse,
 }
 
 

@@ -272,6 +272,22 @@ def moment_mse_var_mean(student, teacher, mask=None, *, mean_weight=1.0, varianc
     return _moment_mse(student, teacher, mask, mean_weight, variance_weight, variance, _var_mean)
 
 
+def gram_mse(s0, s1, t0, t1, mask=None, *, over="hidden"):
+    """TextBrewer's fsp and mmd: whole Gram matrices, then their mean squared difference."""
+    s1, t1 = s0 if s1 is None else s1, t0 if t1 is None else t1
+    if over == "token":
+        student, teacher = s0 @ s1.mT / s0.shape[2], t0 @ t1.mT / t0.shape[2]
+        if mask is None:
+            return F.mse_loss(student, teacher)
+        real = (mask[:, :, None] & mask[:, None, :]).to(student.dtype)
+        return (F.mse_loss(student, teacher, reduction="none") * real).sum() / mask.sum(-1).square().sum()
+    if mask is None:
+        return F.mse_loss(s0.mT @ s1 / s0.shape[1], t0.mT @ t1 / t0.shape[1])
+    count = mask.sum(-1)[:, None, None]
+    student, teacher = (a.mT @ (b * mask.unsqueeze(-1)) / count.clamp_min(1) for a, b in ((s0, s1), (t0, t1)))
+    return F.mse_loss(student, teacher, reduction="sum") / ((count > 0).sum() * student[0].numel())
+
+
 VARIANTS = {
     "kd_loss": (kd_loss, kd_loss_softmax_target),
     "linear_kd_loss": (linear_kd_loss, linear_kd_loss_softmax_target),
@@ -284,6 +300,7 @@ VARIANTS = {
     "hidden_mse": (hidden_mse,),
     "hidden_cosine": (hidden_cosine, hidden_cosine_embedding_loss),
     "moment_mse": (moment_mse, moment_mse_var_mean),
+    "gram_mse": (gram_mse,),
     "tinybert_step": (tinybert_step,),
 }
 

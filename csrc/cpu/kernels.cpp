@@ -36,6 +36,7 @@ namespace {
 #include "quant_linear.inl"
 #include "hidden_cosine.inl"
 #include "moment_mse.inl"
+#include "gram_mse.inl"
 }  // namespace
 
 const Table table = {
@@ -70,6 +71,8 @@ const Table table = {
     .hidden_cosine_backward = hidden_cosine_backward,
     .moment_forward = moment_forward,
     .moment_backward = moment_backward,
+    .gram_scratch = gram_scratch,
+    .gram_tile = gram_tile,
 };
 
 }  // namespace kd::cpu::KD_ISA

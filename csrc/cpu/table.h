@@ -5,6 +5,7 @@
 #include "../ops/attention.h"
 #include "../ops/moment_mse.h"
 #include "attention_map.h"
+#include "gram_mse.h"
 #include "hidden.h"
 #include "hidden_mse.h"
 #include "kd_loss.h"
@@ -69,6 +70,10 @@ struct Table {
   void (*hidden_cosine_backward)(const HiddenLayers&, int64_t item, float* scratch);
   void (*moment_forward)(const MomentMse&, int64_t item, float* scratch);
   void (*moment_backward)(const MomentMse&, int64_t item, float* scratch);
+
+  // One item = what one block of rows meets in one round, item = (round * batch + sequence) * blocks + block; a round at a time.
+  int64_t (*gram_scratch)(const GramMse&);
+  void (*gram_tile)(const GramMse&, int64_t item, float* scratch);
 };
 
 namespace generic { extern const Table table; }

@@ -115,13 +115,16 @@ def gram_mse(s0, s1, t0, t1, mask=None, *, over="hidden"):
 
     Returns: a scalar; float32 (float64 for float64 inputs).
     """
-    _checks.choice("over", over, OVER)
+    over_id = _checks.choice("over", over, OVER)
     s1, t1 = None if s1 is s0 else s1, None if t1 is t0 else t1
     if (s1 is None) != (t1 is None):
         s1, t1 = s0 if s1 is None else s1, t0 if t1 is None else t1
     _check_gram(s0, s1, t0, t1, over)
     mask = _checks.mask(mask, s0.shape[:2], s0, "[batch, tokens]")
-    return reference.gram_mse(s0, s1, t0, t1, mask, over=over)
+    given = [x for x in (s0, s1, t0, t1) if x is not None]
+    if any_fp64(*given) or not serves("gram_mse", s0.device):
+        return reference.gram_mse(s0, s1, t0, t1, mask, over=over)
+    return torch.ops.kdkernels.gram_mse.default(s0, s1, t0, t1, mask, over_id, need_grad(*given))[0]
 
 
 def _layers(name: str, value) -> list:

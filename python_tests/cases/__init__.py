@@ -24,6 +24,7 @@ CASES = [
     *hidden.HIDDEN_MSE,
     *hidden.HIDDEN_COSINE,
     *hidden.MOMENT_MSE,
+    *hidden.GRAM_MSE,
 ]
 
 _CPU = [*logits.CPU, *attention.CPU, *attention_map.CPU, *hidden.CPU, *steps.CPU]

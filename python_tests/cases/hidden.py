@@ -16,6 +16,12 @@ def moment(name, why, tokens=41, d=80, *, batch=2, layers=None, **given) -> Case
     return _layers("moment_mse", name, why, batch, tokens, d, d, layers, given)
 
 
+def gram(name, why, tokens=41, d_s=24, d_t=None, *, batch=2, same=False, d_s1=None, d_t1=None, **given) -> Case:
+    d_t = d_t or d_s
+    shape = {"batch": batch, "tokens": tokens, "d_s": d_s, "d_t": d_t, "d_s1": d_s1 or d_s, "d_t1": d_t1 or d_t}
+    return case_of("gram_mse", name, why, {**shape, "same": same}, given)
+
+
 def _layers(op, name, why, batch, tokens, d_s, d_t, layers, given, **shape) -> Case:
     shape = {"batch": batch, "tokens": tokens, "d_s": d_s, "d_t": d_t, "layers": layers, **shape}
     return case_of(op, name, why, shape, given)
@@ -97,6 +103,33 @@ MOMENT_MSE = [moment(**row) for row in _TOKENWISE] + [
     moment("weights", "MobileBERT's weights", mean_weight=5000.0, variance_weight=5.0, mask="holes"),
 ]
 
+_GRAMS = [
+    dict(name="plain", why="two layers of one width"),
+    dict(name="same", why="one layer with itself: symmetric", same=True),
+    dict(name="one_token", why="1 token", batch=1, tokens=1, d_s=8),
+    dict(name="block_edge", why="one row more than a block", tokens=193, d_s=26, same=True),
+    dict(name="block_edge_two", why="two blocks of rows of two layers", tokens=210, d_s=12),
+    dict(name="wide", why="one feature more than a block", tokens=5, d_s=193, same=True),
+    dict(name="odd", why="a width that is no multiple of a vector", tokens=70, d_s=41),
+    dict(name="mask_lengths", why="a padded batch, one sequence all padding", batch=4, mask=(41, 1, 0, 17)),
+    dict(name="mask_lengths_same", why="the same, symmetric", batch=4, mask=(41, 1, 0, 17), same=True),
+    dict(name="mask_holes", why="real tokens need not be a prefix", tokens=210, d_s=16, mask="holes", same=True),
+    dict(name="near", why="student close to teacher: the difference cancels", near=1e-3, same=True),
+    dict(name="transposed", why="[N, B, D] seen as [B, N, D]", layout="transposed", mask=(41, 9)),
+    dict(name="sliced", why="a slice of a wider state", layout="sliced", same=True),
+    dict(name="strided", why="no two features are neighbours", layout="strided"),
+    dict(name="expanded", why="a teacher broadcast with stride 0", layout="expanded"),
+]  # fmt: skip
+
+GRAM_MSE = [
+    gram(**{**row, "name": f"{over}_{row['name']}"}, over=over) for over in ("hidden", "token") for row in _GRAMS
+] + [
+    gram("hidden_widths", "two layers of unlike width", d_s=24, d_s1=41, d_t1=41, mask=(41, 9), over="hidden"),
+    gram("hidden_blocks", "more blocks of one factor than of the other", 9, 12, d_s1=200, d_t1=200, over="hidden"),
+    gram("token_widths", "student and teacher of unlike width", d_s=26, d_t=64, mask=(41, 9), over="token"),
+    gram("token_widths_same", "the same, symmetric", d_s=26, d_t=64, same=True, over="token"),
+]
+
 CPU = [
     (
         hidden("6x8x256x384_projected", "MiniLM-L6, BERT", 256, 384, 768, batch=8, layers=6, weights=1, bias=True),
@@ -109,6 +142,11 @@ CPU = [
     (
         cosine("8x256x768", "the last hidden states of DistilBERT, BERT", 256, 768, batch=8),
         Target(eager=4, compile=1.3, memory=lambda _: KIB),
+    ),
+    (
+        gram("nst_8x512x312x768", "TinyBERT and BERT, N 512", 512, 312, 768, batch=8, same=True, over="token"),
+        # One float32 gradient that forward leaves for backward.
+        Target(eager=3, compile=1.5, memory=lambda call: 4 * call.leaves[0].numel() + KIB),
     ),
     (
         moment("8x256x512", "MobileBERT's statistics transfer", 256, 512, batch=8),
