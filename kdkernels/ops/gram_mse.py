@@ -42,8 +42,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     d_s0 = d_s1 = None
     if grad is not None:
-        *given, saved = *ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
-        grads = run_backward(torch.ops.kdkernels.gram_mse_backward.default, grad, *given, saved, ctx.over)
+        kept = ctx.saved_tensors  # once: a checkpoint hands each out a single time
+        grads = run_backward(torch.ops.kdkernels.gram_mse_backward.default, grad, *kept[:5], list(kept[5:]), ctx.over)
         d_s0, d_s1 = (*grads, None)[:2]
     return d_s0, d_s1, *(None,) * 5
 
