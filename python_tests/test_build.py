@@ -78,7 +78,7 @@ def test_the_installed_command_works(environment, tmp_path):
 def test_build_facts():
     facts = _native.build_info()
     assert facts["version"] == kdkernels.__version__
-    assert set(_native.isas()) <= {"avx512", "avx2", "generic"} and _native.isas()["generic"]
+    assert set(_native.isas()) <= {"amx", "avx512", "avx2", "generic"} and _native.isas()["generic"]
     assert bool(facts["cuda_archs"]) == Path(kdkernels.__file__).with_name("libkdkernels_cuda.so").exists()
 
 

@@ -16,6 +16,7 @@ bool supports_generic() { return true; }
 
 const Candidate candidates[] = {
 #if defined(__x86_64__)
+    {"amx", supports_amx, &amx::table},
     {"avx512", supports_avx512, &avx512::table},
     {"avx2", supports_avx2, &avx2::table},
 #endif

@@ -79,6 +79,7 @@ struct Table {
 namespace generic { extern const Table table; }
 namespace avx2 { extern const Table table; }
 namespace avx512 { extern const Table table; }
+namespace amx { extern const Table table; }
 
 // Every ISA of this build, best first.
 struct Candidate {

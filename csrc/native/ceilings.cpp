@@ -71,6 +71,33 @@ KD_LOOP(fp64_avx512, KD_24, KD_ZERO_Z, KD_PD_Z, KD_END, 16)
 KD_LOOP(int8_avx512, KD_24, KD_ZERO_Z, KD_I8_Z, KD_END, 128)
 KD_LOOP(bf16_avx512, KD_24, KD_ZERO_Z, KD_BF16_Z, KD_END, 64)
 
+// Tiles of 16 lines of 64 bytes: 16 x 32 by 32 x 16 bf16, or 16 x 64 by 64 x 16 int8. Two of the eight are operands.
+#define KD_6(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define KD_ZERO_T(i) "tilezero %%tmm" #i "\n"
+#define KD_BF16_T(i) "tdpbf16ps %%tmm7, %%tmm6, %%tmm" #i "\n"
+#define KD_I8_T(i) "tdpbusd %%tmm7, %%tmm6, %%tmm" #i "\n"
+KD_LOOP(bf16_tiles, KD_6, KD_ZERO_T, KD_BF16_T, "tilerelease\n", 16 * 16 * 32 * 2)
+KD_LOOP(int8_tiles, KD_6, KD_ZERO_T, KD_I8_T, "tilerelease\n", 16 * 16 * 64 * 2)
+
+void configure_tiles() {
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  asm volatile("ldtilecfg %0" : : "m"(config));  // sets them to 0
+}
+
+double bf16_amx(char* buffer, long bytes) {
+  configure_tiles();
+  return bf16_tiles(buffer, bytes);
+}
+
+double int8_amx(char* buffer, long bytes) {
+  configure_tiles();
+  return int8_tiles(buffer, bytes);
+}
+
 #endif
 
 double read(char* buffer, long bytes) {
@@ -130,6 +157,8 @@ const std::vector<Ceiling>& ceilings() {
       {"fp64", "avx512", cpu::supports_avx512(), fp64_avx512, false},
       {"int8", "avx512", cpu::supports_avx512(), int8_avx512, false},
       {"bf16", "avx512", cpu::supports_avx512() && cpu::features().avx512bf16, bf16_avx512, false},
+      {"bf16", "amx", cpu::supports_amx(), bf16_amx, false},
+      {"int8", "amx", cpu::supports_amx(), int8_amx, false},
 #endif
       {"read", "", true, read, true},
       {"copy", "", true, copy, true},

@@ -31,6 +31,9 @@ py::dict cpu_features() {
   out["avx512vl"] = f.avx512vl;
   out["avx512vnni"] = f.avx512vnni;
   out["avx512bf16"] = f.avx512bf16;
+  out["amx_tile"] = f.amx_tile;
+  out["amx_bf16"] = f.amx_bf16;
+  out["amx_int8"] = f.amx_int8;
   return out;
 }
 
@@ -52,6 +55,7 @@ py::dict build_info() {
   flags["generic"] = KD_FLAGS_GENERIC;
   flags["avx2"] = KD_FLAGS_AVX2;
   flags["avx512"] = KD_FLAGS_AVX512;
+  flags["amx"] = KD_FLAGS_AMX;
   py::dict out;
   out["version"] = KD_VERSION;
 #if defined(__clang__)
