@@ -198,3 +198,39 @@ def test_gradient_of_a_row_sums_to_zero(case):
     """Softmax is invariant to shifts, so what it hands back has no component along them."""
     _, (grad,) = evaluate(getattr(functional, case.op), case.make())
     assert grad.double().sum(-1).abs().max() <= 2e-6 * grad.double().abs().sum(-1).max() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [INF, -INF, torch.nan], ids=str)
+@pytest.mark.parametrize("where", ["student", "teacher", "weight", "bias"])
+def test_a_projection_hides_nothing_infinite(where, value, dtype):
+    """Products of parts of numbers must not make finite what is not, nor NaN what is infinite."""
+    given = {"student": torch.rand(2, 9, 40) + 0.1, "teacher": torch.randn(2, 9, 50)}
+    given |= {"weight": torch.rand(50, 40) + 0.1, "bias": torch.randn(50)}
+    given[where].view(-1)[7] = value
+    given = {name: x.to(dtype) for name, x in given.items()}
+    loss = functional.hidden_mse(given["student"], given["teacher"], weight=given["weight"], bias=given["bias"])
+    assert loss.isnan() if math.isnan(value) else loss == INF
+
+
+@pytest.mark.parametrize("scale", [2.0**127, 2.0**100, 2.0**-96, 2.0**-110, 2.0**-126], ids="{:.0e}".format)
+@pytest.mark.parametrize("where", ["student", "weight", "one row"])
+def test_a_projection_takes_numbers_of_any_size(where, scale):
+    """One side's scale makes up for the other's: large numbers don't overflow, small ones keep their last bits."""
+    student, weight, teacher = torch.rand(2, 9, 40) + 1, torch.rand(50, 40) + 1, torch.rand(2, 9, 50)
+    student *= scale if where == "student" else 1 / scale if where == "weight" else 1
+    weight *= scale if where == "weight" else 1 / scale if where == "student" else 1
+    if where == "one row":
+        student[1, 3] *= min(scale, 2.0**20)
+    given = {"student": student, "weight": weight}
+    call = {name: x.clone().requires_grad_() for name, x in given.items()}
+    truth = {name: x.double().requires_grad_() for name, x in given.items()}
+    normalize = "layer_norm" if where == "one row" else None
+    loss = functional.hidden_mse(call["student"], teacher, weight=call["weight"], normalize=normalize)
+    exact = reference.hidden_mse(truth["student"], teacher.double(), weight=truth["weight"], normalize=normalize)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    for name, grad in zip(call, torch.autograd.grad(loss, [*call.values()]), strict=True):
+        (expected,) = torch.autograd.grad(exact, truth[name], retain_graph=True)
+        largest = expected.abs().max()
+        if 1e-37 < largest < 3e38:
+            assert (grad - expected).abs().max() <= 2e-6 * largest, name

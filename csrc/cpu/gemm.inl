@@ -104,3 +104,41 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, const T* a, int64
                  int64_t panel_stride, T* c, int64_t ldc) {
   gemm_ahead<kAdd>(rows, columns, depth, a, a_row, a_col, b, ldb, panel_stride, c, ldc, NothingAhead{});
 }
+
+constexpr int64_t kDepth = 128;  // of panel_product's steps
+
+// Asks the next step's operands into the L2 cache while a step runs, a little with each k: B and, for dW, A come from farther away, and
+// asked for all at once they would be waited for.
+struct NextStep {
+  const float* b;  // as deep as this one, shared out over `rows` rows of A
+  const float* a;  // a group of kRowPad columns; b where A needs no asking
+  int64_t rows, depth;
+
+  void operator()(int64_t first, int64_t tile, int64_t k) const {
+    __builtin_prefetch(b + first * depth * kPanel / rows + k * (kPanel * tile / rows), 0, 2);
+    __builtin_prefetch(a + first * depth + k * tile, 0, 2);
+  }
+};
+
+// C = A B for `rows` rows (whole tiles) with B in packed panels [depth, kPanel], in steps of kDepth, whose B (32 KiB with the widest
+// vectors) stays in the L1 cache while all rows use it; the next step's is asked for meanwhile. A is in rows, a_row apart, or where
+// kGroups in groups [depth, kRowPad], one for each kRowPad rows of C. Columns are rounded up to whole vectors.
+template <bool kGroups>
+inline void panel_product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, const float* b, float* c,
+                          int64_t ldc) {
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t step = depth - k < kDepth ? depth - k : kDepth;
+    for (int64_t n = 0; n < columns; n += kPanel) {
+      const int64_t left = round_up(columns - n, W), across = left < kPanel ? left : kPanel;
+      const bool last = n + kPanel >= columns;
+      const float *part = b + n * depth + k * kPanel, *next = last ? b + (k + step) * kPanel : part + depth * kPanel;
+      const auto product = k == 0 ? gemm_ahead<false, float, NextStep> : gemm_ahead<true, float, NextStep>;
+      if (!kGroups) product(rows, across, step, a + k, a_row, 1, part, kPanel, 0, c + n, ldc, {next, next, rows, step});
+      for (int64_t m = 0; kGroups && m < rows; m += kRowPad) {
+        const float *group = a + m * depth, *own = group + k * kRowPad, *share = next + m * step * kPanel / rows;
+        product(kRowPad, across, step, own, 1, kRowPad, part, kPanel, 0, c + m * ldc + n, ldc,
+                {share, last ? own + step * kRowPad : share, rows, step});
+      }
+    }
+  }
+}

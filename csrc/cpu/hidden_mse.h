@@ -4,18 +4,15 @@
 
 namespace kd::cpu {
 
-// With a projection: rows of the weight, real tokens, or rows of the weight's gradient per work item. A multiple of kRowPad; an item reads
-// the whole other operand, which 96 rows outweigh, and 768 features make eight items.
-constexpr int64_t kProjectionBlock = 96;
-
-// The workspaces that a projection needs, in floats.
-struct ProjectionFloats {
-  int64_t packed_weight, packed_rows, scratch;
+// How a projection is run: rows of the weight, real tokens, or rows of the weight's gradient per work item, which is the ISA's choice
+// alone, and the workspaces that it needs, in floats.
+struct ProjectionPlan {
+  int64_t block, packed_weight, packed_rows, scratch;
 };
 
-static inline int64_t projection_blocks(int64_t n) { return (n + kProjectionBlock - 1) / kProjectionBlock; }
+static inline int64_t projection_blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 // At least one, which zeroes the gradient of a batch without a real token.
-static inline int64_t projection_row_blocks(int64_t rows) { return rows > 0 ? projection_blocks(rows) : 1; }
+static inline int64_t projection_row_blocks(int64_t rows, int64_t block) { return rows > 0 ? projection_blocks(rows, block) : 1; }
 
 }  // namespace kd::cpu

@@ -22,6 +22,7 @@ namespace {
 #include "linear_kd_loss.inl"
 #include "topk_kd_loss.inl"
 #include "gemm.inl"
+#include "transpose.inl"
 #include "attention_pack.inl"
 #include "attention_rows.inl"
 #include "attention.inl"
@@ -29,6 +30,12 @@ namespace {
 #include "attention_map.inl"
 #include "hidden.inl"
 #include "hidden_mse.inl"
+#if defined(__AMX_BF16__)
+#include "gemm_amx.inl"
+#include "hidden_mse_products_amx.inl"
+#else
+#include "hidden_mse_products.inl"
+#endif
 #include "hidden_mse_projection.inl"
 #include "quant_rows.inl"
 #include "quant_unpack.inl"
@@ -41,6 +48,9 @@ namespace {
 
 const Table table = {
     .isa = KD_STRING(KD_ISA),
+#if defined(__AMX_BF16__)
+    .exact = &avx512::table,
+#endif
     .kd_loss_forward = kd_loss_forward,
     .kd_loss_backward = kd_loss_backward,
     .add_rows = add_rows,
@@ -58,7 +68,7 @@ const Table table = {
     .scaled_copy = scaled_copy,
     .hidden_forward = hidden_forward,
     .hidden_backward = hidden_backward,
-    .projection_floats = projection_floats,
+    .projection_plan = projection_plan,
     .projection_pack = projection_pack,
     .projection_rows = projection_rows,
     .projection_weight = projection_weight,

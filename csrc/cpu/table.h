@@ -20,6 +20,9 @@ namespace kd::cpu {
 struct Table {
   const char* isa;
 
+  // What runs instead where a loss of the functions marked below is not finite: null, or the ISA whose products are fp32 alone.
+  const Table* exact = nullptr;
+
   // One item = kd_rows_per_item(op) rows.
   void (*kd_loss_forward)(const KdLoss&, int64_t item);
   void (*kd_loss_backward)(const KdLoss&, const KdWeights&, int64_t item);
@@ -50,9 +53,9 @@ struct Table {
   void (*hidden_forward)(const HiddenMse&, int64_t item, float* scratch);
   void (*hidden_backward)(const HiddenMse&, int64_t item, float* scratch);
 
-  // With a projection, in this order. One item = kProjectionBlock rows of the weight, real tokens (at least one item), or rows of the
-  // weight's gradient.
-  ProjectionFloats (*projection_floats)(const HiddenProjection&);
+  // With a projection, in this order. One item = the plan's block of rows of the weight, real tokens (at least one item), or rows of the
+  // weight's gradient. Subject to `exact`.
+  ProjectionPlan (*projection_plan)(const HiddenProjection&);
   void (*projection_pack)(const HiddenProjection&, int64_t item, float* scratch);
   void (*projection_rows)(const HiddenProjection&, int64_t item, float* scratch);
   void (*projection_weight)(const HiddenProjection&, int64_t item, float* scratch);

@@ -42,36 +42,40 @@ HiddenProjection describe_projection(const Tensor& student, const Tensor& teache
   return op;
 }
 
-// Runs all layers. The gradient of a layer's weight needs all of its rows; the next layer's rows run beside it, so that threads wait for
-// each other once a layer. Two layers are under way at a time.
-void run_projections(std::vector<HiddenProjection>& ops, const Tensor& like, int64_t weights) {
-  const cpu::Table& kernels = table();
+// Runs all layers and returns the loss. The gradient of a layer's weight needs all of its rows; the next layer's rows run beside it, so
+// that threads wait for each other once a layer. Two layers are under way at a time.
+double run_projections(const cpu::Table& kernels, std::vector<HiddenProjection>& ops, const Tensor& like, int64_t weights) {
   const int64_t layers = static_cast<int64_t>(ops.size());
-  cpu::ProjectionFloats most{0, 0, 0};
+  cpu::ProjectionPlan most{};
   for (const HiddenProjection& op : ops) {
-    const cpu::ProjectionFloats floats = kernels.projection_floats(op);
-    most = {std::max(most.packed_weight, floats.packed_weight), std::max(most.packed_rows, floats.packed_rows),
-            std::max(most.scratch, floats.scratch)};
+    const cpu::ProjectionPlan plan = kernels.projection_plan(op);
+    most = {plan.block, std::max(most.packed_weight, plan.packed_weight), std::max(most.packed_rows, plan.packed_rows),
+            std::max(most.scratch, plan.scratch)};
   }
   const int64_t rows_floats = round_up_to(most.packed_rows, 16), weight_floats = round_up_to(most.packed_weight, 16);
   Tensor workspace = new_tensor(like, {weights * weight_floats + std::min<int64_t>(layers, 2) * rows_floats}, ScalarType::Float);
   float* memory = static_cast<float*>(workspace.mutable_data_ptr());
+  const int64_t blocks = cpu::projection_row_blocks(ops[0].rows, most.block);
+  std::vector<double> partial(layers * blocks);
   for (int64_t l = 0; l < layers; ++l) {
+    ops[l].partial = partial.data() + l * blocks;
     ops[l].packed_weight = memory + (weights == 1 ? 0 : l) * weight_floats;
     ops[l].packed_rows = memory + weights * weight_floats + l % 2 * rows_floats;
   }
   for (int64_t w = 0; w < weights; ++w)
-    run_items(cpu::projection_blocks(ops[w].d_t), most.scratch,
+    run_items(cpu::projection_blocks(ops[w].d_t, most.block), most.scratch,
               [&](int64_t item, float* scratch) { kernels.projection_pack(ops[w], item, scratch); });
   for (int64_t l = 0; l <= layers; ++l) {
     const bool weight = l > 0 && ops[l - 1].grad_student;
-    const int64_t weight_items = weight ? cpu::projection_blocks(ops[l - 1].d_t) : 0;
-    const int64_t row_items = l < layers ? cpu::projection_row_blocks(ops[l].rows) : 0;
-    run_items(weight_items + row_items, most.scratch, [&](int64_t item, float* scratch) {
+    const int64_t weight_items = weight ? cpu::projection_blocks(ops[l - 1].d_t, most.block) : 0;
+    run_items(weight_items + (l < layers ? blocks : 0), most.scratch, [&](int64_t item, float* scratch) {
       item < weight_items ? kernels.projection_weight(ops[l - 1], item, scratch)
                           : kernels.projection_rows(ops[l], item - weight_items, scratch);
     });
   }
+  double loss = 0;
+  for (int64_t i = 0; i < layers * blocks; ++i) loss += partial[i] * grad_weight_of(ops[0].rows, ops[i / blocks].d_t) / 2;
+  return loss;
 }
 
 std::tuple<Tensor, std::vector<Tensor>> project(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
@@ -92,15 +96,12 @@ std::tuple<Tensor, std::vector<Tensor>> project(const std::vector<Tensor>& stude
     for (const auto* inputs : {&student, &weight, &bias})
       for (const Tensor& x : *inputs) saved.push_back(new_gradient(x, ScalarType::Float));
 
-  const int64_t blocks = cpu::projection_row_blocks(static_cast<int64_t>(real.size()));
-  std::vector<double> partial(layers * blocks);
   std::vector<HiddenProjection> ops;
   for (int64_t l = 0; l < layers; ++l) {
     const int64_t shared = weights == 1 ? 0 : l;
     for (const Tensor* x : {&student[l], &teacher[l]})
       STD_TORCH_CHECK(x->dim() == 3 && x->size(0) == batch && x->size(1) == tokens, "all layers must agree in batch and tokens");
     ops.push_back(describe_projection(student[l], teacher[l], weight[shared], bias.empty() ? nullptr : &bias[shared], real, normalize));
-    ops[l].partial = partial.data() + l * blocks;
     if (!need_grad) continue;
     const auto gradient = [&](int64_t i) { return static_cast<float*>(saved[i].mutable_data_ptr()); };
     ops[l].grad_student = gradient(l);
@@ -108,9 +109,8 @@ std::tuple<Tensor, std::vector<Tensor>> project(const std::vector<Tensor>& stude
     if (!bias.empty()) ops[l].grad_bias = gradient(layers + weights + shared);
     ops[l].accumulate = l != shared;
   }
-  run_projections(ops, student[0], weights);
-  double loss = 0;
-  for (int64_t i = 0; i < layers * blocks; ++i) loss += partial[i] * grad_weight_of(ops[0].rows, ops[i / blocks].d_t) / 2;
+  double loss = run_projections(table(), ops, student[0], weights);
+  if (table().exact && !std::isfinite(loss)) loss = run_projections(*table().exact, ops, student[0], weights);
   return {new_scalar(student[0], loss), saved};
 }
 

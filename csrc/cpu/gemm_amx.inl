@@ -1,0 +1,143 @@
+// Matrix products on AMX tiles: C[M, N] (+)= A[M, K] B[K, N] in fp32, of operands that are split into bf16 parts.
+//
+//   x = hi + mid + lo, 8 bits each;  A B = sum over i + j < 3 of A_i B_j, added up in fp32
+//
+// Tiles multiply bf16 at 10 to 16 times the rate of fp32 FMAs. A float takes three parts, and the six products that matter leave out
+// 2^-22 of it: less than fp32 sums round off. bf16 is one part, fp16 two.
+//
+// Tiles take denormal numbers for 0, so the last part of a number below 2^-103 is lost, and what is not finite has no parts: its second is
+// NaN. tiles_take() tells the former; the latter shows in the result.
+//
+// A packed operand is made of tiles of 1 KiB: 16 lines (rows of A, columns of B) times 32 steps of K, all parts of a tile together. Within
+// 32 steps, k and k + 16 stand beside each other: two vectors of floats become one line by shifts and masks, without a shuffle.
+
+constexpr int64_t kTileLines = 16, kTileDepth = 32, kTileBytes = 1024, kTileParts = 3;
+constexpr int64_t kTileBlock = 2 * kTileLines;  // lines that a product takes at once: lines are padded to it, with zeros
+
+inline int64_t tile_parts(DType dtype) { return dtype == DType::kF32 ? 3 : dtype == DType::kF16 ? 2 : 1; }
+
+struct Tiles {
+  char* data;             // [lines / 16][depth / 32][parts] tiles
+  int64_t depth, parts;   // depth in tiles
+
+  char* at(int64_t line, int64_t k) const { return data + (line / kTileLines * depth + k / kTileDepth) * parts * kTileBytes; }
+};
+
+inline Tiles tiles(float* memory, int64_t depth, int64_t parts) {
+  return {reinterpret_cast<char*>(memory), round_up(depth, kTileDepth) / kTileDepth, parts};
+}
+
+inline int64_t tiles_floats(int64_t lines, int64_t depth, int64_t parts) {
+  const int64_t bytes = round_up(lines, kTileBlock) / kTileLines * (round_up(depth, kTileDepth) / kTileDepth) * parts * kTileBytes;
+  return bytes / static_cast<int64_t>(sizeof(float));
+}
+
+// Whether the products of this row, or line, are exact to its largest number's rounding.
+inline bool tiles_take(const float* x, int64_t n) {
+  vf largest{};
+  for_vectors(n, [&](int64_t i, int64_t lanes) { largest = vmax(largest, vabs(load_up_to(x + i, lanes, 0))); });
+  const float most = max(largest);
+  return most == 0 || most >= 0x1p-100f;
+}
+
+// Takes the next part off x, in the upper half of its bits. The first is cut off, since rounding up could make a large number infinite.
+inline vu32 take_part(vf& x, int64_t part) {
+  const vu32 bits = reinterpret_cast<vu32>(x), upper = (part == 0 ? bits : bits + 0x8000) & 0xffff0000u;
+  x -= reinterpret_cast<vf>(upper);
+  return upper;
+}
+
+// One tile of every part. Line i is x[i * stride, + 16) and, beside it, the same at distance `beside`, which is 16 for an operand whose
+// lines are rows of x, and 16 * stride for one whose lines are columns. These come out as B; turned they are A. The other way round
+// for rows.
+template <bool kTurned>
+inline void pack_tile(const float* x, int64_t stride, int64_t beside, int64_t parts, char* tile) {
+  alignas(64) float lines[kTileParts][kTileLines * W];
+  for (int64_t i = 0; i < kTileLines; ++i) {
+    vf a = load(x + i * stride), b = load(x + i * stride + beside);
+    for (int64_t part = 0; part < parts; ++part) {
+      const vu32 low = take_part(a, part), high = take_part(b, part);
+      store(lines[part] + i * W, reinterpret_cast<vf>(low >> 16 | high));
+    }
+  }
+  for (int64_t part = 0; part < parts; ++part, tile += kTileBytes) {
+    float* out = reinterpret_cast<float*>(tile);
+    if (kTurned) transpose_square(lines[part], W, out, W);
+    else __builtin_memcpy(out, lines[part], kTileBytes);
+  }
+}
+
+// Rows [line, line + n) of an operand, from a block x of n rows and `columns` columns: K runs along them. n and columns are padded.
+template <bool kTurned>
+inline void pack_rows(const float* x, int64_t stride, int64_t n, int64_t columns, const Tiles& to, int64_t line) {
+  for (int64_t i = 0; i < n; i += kTileLines)
+    for (int64_t k = 0; k < columns; k += kTileDepth)
+      pack_tile<kTurned>(x + i * stride + k, stride, kTileLines, to.parts, to.at(line + i, k));
+}
+
+// Steps [k, k + n) of an operand, from a block x of n rows and `columns` columns: its lines are the columns.
+template <bool kTurned>
+inline void pack_columns(const float* x, int64_t stride, int64_t n, int64_t columns, const Tiles& to, int64_t k) {
+  for (int64_t i = 0; i < n; i += kTileDepth)
+    for (int64_t line = 0; line < columns; line += kTileLines)
+      pack_tile<kTurned>(x + i * stride + line, stride, kTileLines * stride, to.parts, to.at(line, k + i));
+}
+
+// All eight tiles as 16 lines of 64 bytes, for as long as this lives: what a thread leaves configured it would save at every switch.
+struct TileScope {
+  TileScope() {
+    struct alignas(64) {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t bytes[16];
+      uint8_t lines[16];
+    } config{};
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      config.bytes[i] = 64;
+      config.lines[i] = kTileLines;
+    }
+    _tile_loadconfig(&config);
+    asm volatile("" ::: "memory");  // _tile_loadd does not tell the compiler that it reads what was packed
+  }
+  ~TileScope() { _tile_release(); }
+};
+
+// C[rows, columns] = A B, or += where `add`, over `depth` of K from k on; A's lines from `line` on. Everything in whole blocks.
+// 2 x 2 tiles of C stay in registers: of the other four, two hold A and two B, and a part of A meets all parts of B that matter to it.
+inline void tile_product(const Tiles& a, int64_t line, int64_t rows, const Tiles& b, int64_t columns, int64_t k, int64_t depth, float* c,
+                         int64_t ldc, bool add) {
+  const int64_t next_a = a.depth * a.parts * kTileBytes, next_b = b.depth * b.parts * kTileBytes, row_bytes = ldc * sizeof(float);
+  for (int64_t n = 0; n < columns; n += kTileBlock)
+    for (int64_t m = 0; m < rows; m += kTileBlock) {
+      const char *pa = a.at(line + m, k), *pb = b.at(n, k);
+      float *c0 = c + m * ldc + n, *c1 = c0 + kTileLines * ldc;
+      if (add) {
+        _tile_loadd(0, c0, row_bytes);
+        _tile_loadd(1, c0 + kTileLines, row_bytes);
+        _tile_loadd(2, c1, row_bytes);
+        _tile_loadd(3, c1 + kTileLines, row_bytes);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int64_t step = 0; step < depth; step += kTileDepth, pa += a.parts * kTileBytes, pb += b.parts * kTileBytes)
+        for (int64_t i = 0; i < a.parts; ++i) {
+          _tile_loadd(4, pa + i * kTileBytes, 64);
+          _tile_loadd(5, pa + i * kTileBytes + next_a, 64);
+          for (int64_t j = 0; j < b.parts && i + j < kTileParts; ++j) {
+            _tile_loadd(6, pb + j * kTileBytes, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_loadd(7, pb + j * kTileBytes + next_b, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+        }
+      _tile_stored(0, c0, row_bytes);
+      _tile_stored(1, c0 + kTileLines, row_bytes);
+      _tile_stored(2, c1, row_bytes);
+      _tile_stored(3, c1 + kTileLines, row_bytes);
+    }
+}
