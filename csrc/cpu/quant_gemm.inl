@@ -1,39 +1,63 @@
-// Integer products, exact on every ISA: sums[rows][64] += a[rows, columns] values[columns, 64] with a of unsigned bytes, values of int8 in
-// [columns / 4][64][4] and sums of int32. Columns: a multiple of 32.
+// Integer products, exact on every ISA: sums[rows][64] = a[rows, columns] values[columns, 64] - offsets with a of unsigned bytes, values of
+// int8 in [columns / 4][64][4] and sums of int32. Columns: a multiple of 32; rows: at most kTileRows.
 //
-// AVX-512: vpdpbusd adds four products to an int32. A tile of 6 x 64 has 24 sums in registers, 4 loads and 6 broadcasts a step.
+// AVX-512: vpdpbusd adds four products to an int32. A tile of 6 x 64 has 24 sums in registers over all columns, 4 loads and 6 broadcasts a
+// step; values come from the second-level cache, 21 bytes a cycle. Sums that left the registers every 256 columns cost a tenth.
 // AVX2: vpmaddubsw adds two products in int16, where 8-bit values would saturate: those are widened to int16 for vpmaddwd. Codes of 4 bits
 // and less fit: 2 * 255 * 15 is below 2^15 / 4, so four such sums add up in int16 (eight below 4 bits); then vpmaddwd by the step widens
 // and scales them at once. The offset of 32 columns takes one vpmaddwd with the sum of their activations.
 //
-// `ahead`: codes that come after `values`, fetched into the second-level cache beside the products. AVX-512 alone is fast enough to wait
-// for them: 1024 x 768 x 768 on one thread 1.85 -> 1.56 ms with it and items in row order.
+// AVX-512 alone is fast enough to wait for memory: see Ahead.
+
+inline void start_sums(int64_t rows, const int32_t* offsets, int32_t* sums) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < kPanelRows; ++n) sums[m * kPanelRows + n] = -offsets[n];
+}
+
+// What comes next, asked for beside the products, a little with every 32 columns.
+struct Ahead {
+  const uint8_t* weights;  // `weights_step` bytes further on with every 8 columns, into the second-level cache
+  int64_t weights_step;
+  const uint8_t* a;  // kTileRows rows of activations
+  char* out;         // the tile of outputs to be written: 4 lines of 64 bytes a row
+  int64_t out_row;
+};
 
 #if defined(__AVX512F__)
+
+constexpr int64_t kTileRows = 6;
 
 inline void dot4(vi& sum, vi a, vi b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
 template <int kMr>
-inline void integer_tile(int64_t columns, const uint8_t* a, int64_t lda, const int8_t* values, const uint8_t* ahead,
-                         int32_t* sums) {
+inline void integer_tile(int64_t columns, const uint8_t* a, int64_t lda, const int8_t* values, Ahead ahead,
+                         const int32_t* offsets, int32_t* sums) {
   vi sum[kMr][4];
+#pragma GCC unroll 4
+  for (int n = 0; n < 4; ++n) {
+    const vi start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(offsets + n * 16));
 #pragma GCC unroll 6
-  for (int m = 0; m < kMr; ++m)
+    for (int m = 0; m < kMr; ++m) sum[m][n] = start;
+  }
+  for (int64_t k = 0; k < columns; k += 32, a += 32, ahead.a += 32, values += 32 * kPanelRows) {
+    if (k < 128 * kMr) __builtin_prefetch(ahead.out + k / 128 * ahead.out_row + k % 128 * 2, 1);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      if (j < kMr) __builtin_prefetch(ahead.a + j * lda);
+      if (j % 2 == 0) __builtin_prefetch(ahead.weights + j / 2 * ahead.weights_step, 0, 2);
+      vi b[4];
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) sum[m][n] = _mm512_load_si512(sums + m * kPanelRows + n * 16);
-  for (int64_t k = 0; k < columns; k += 4, a += 4, values += 4 * kPanelRows, ahead += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-    vi b[4];
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) b[n] = _mm512_loadu_si512(values + n * 64);
+      for (int n = 0; n < 4; ++n) b[n] = _mm512_loadu_si512(values + (j * 4 + n) * 64);
 #pragma GCC unroll 6
-    for (int m = 0; m < kMr; ++m) {
-      int32_t four;
-      __builtin_memcpy(&four, a + m * lda, 4);
-      const vi row = _mm512_set1_epi32(four);
+      for (int m = 0; m < kMr; ++m) {
+        int32_t four;
+        __builtin_memcpy(&four, a + m * lda + j * 4, 4);
+        const vi row = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) dot4(sum[m][n], row, b[n]);
+        for (int n = 0; n < 4; ++n) dot4(sum[m][n], row, b[n]);
+      }
     }
+    ahead.weights += 4 * ahead.weights_step;
   }
 #pragma GCC unroll 6
   for (int m = 0; m < kMr; ++m)
@@ -43,22 +67,21 @@ inline void integer_tile(int64_t columns, const uint8_t* a, int64_t lda, const i
 
 constexpr bool kTakesCodes = false;
 
-inline void integer_gemm(const QuantWeights&, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, int64_t lda,
-                         const int8_t* values, const uint8_t* ahead, int32_t* sums) {
-  int64_t m = 0;
-  for (; m + 6 <= rows; m += 6, ahead += columns * 16) integer_tile<6>(columns, a + m * lda, lda, values, ahead, sums + m * kPanelRows);
-  a += m * lda;
-  sums += m * kPanelRows;
-  switch (rows - m) {
-    case 1: return integer_tile<1>(columns, a, lda, values, ahead, sums);
-    case 2: return integer_tile<2>(columns, a, lda, values, ahead, sums);
-    case 3: return integer_tile<3>(columns, a, lda, values, ahead, sums);
-    case 4: return integer_tile<4>(columns, a, lda, values, ahead, sums);
-    case 5: return integer_tile<5>(columns, a, lda, values, ahead, sums);
+inline void integer_tiles(const QuantWeights&, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, int64_t lda,
+                          const int8_t* values, Ahead ahead, const int32_t* offsets, int32_t* sums) {
+  switch (rows) {
+    case 1: return integer_tile<1>(columns, a, lda, values, ahead, offsets, sums);
+    case 2: return integer_tile<2>(columns, a, lda, values, ahead, offsets, sums);
+    case 3: return integer_tile<3>(columns, a, lda, values, ahead, offsets, sums);
+    case 4: return integer_tile<4>(columns, a, lda, values, ahead, offsets, sums);
+    case 5: return integer_tile<5>(columns, a, lda, values, ahead, offsets, sums);
+    default: return integer_tile<6>(columns, a, lda, values, ahead, offsets, sums);
   }
 }
 
 #elif defined(__AVX2__)
+
+constexpr int64_t kTileRows = 12;
 
 inline void add32(vi& sum, vi x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
 inline void add16(vi& sum, vi x) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
@@ -98,6 +121,12 @@ inline void widened_rows(int64_t columns, const uint8_t* a, int64_t lda, const i
       _mm256_store_si256(reinterpret_cast<vi*>(wide + m * kQuantChunk + k), _mm256_cvtepu8_epi16(bytes));
     }
   for (int n = 0; n < kPanelRows; n += 8) widened_tile<kMr>(columns, wide, values + n * 4, sums + n);
+}
+
+inline void widened_gemm(int64_t rows, int64_t columns, const uint8_t* a, int64_t lda, const int8_t* values, int32_t* sums) {
+  int64_t m = 0;
+  for (; m + 6 <= rows; m += 6) widened_rows<6>(columns, a + m * lda, lda, values, sums + m * kPanelRows);
+  for (; m < rows; ++m) widened_rows<1>(columns, a + m * lda, lda, values, sums + m * kPanelRows);
 }
 
 // A byte for each of 8 output features, in both halves of their 32 bits.
@@ -171,26 +200,27 @@ inline void narrow_gemm(int64_t rows, int64_t columns, const uint8_t* a, int64_t
 
 constexpr bool kTakesCodes = true;
 
-inline void integer_gemm(const QuantWeights& w, int64_t panel, int64_t first, int64_t rows, int64_t columns, const uint8_t* a,
-                         int64_t lda, const int8_t* values, const uint8_t*, int32_t* sums) {
-  int64_t m = 0;
-  if (w.bits == 8) {
-    for (; m + 6 <= rows; m += 6) widened_rows<6>(columns, a + m * lda, lda, values, sums + m * kPanelRows);
-    for (; m < rows; ++m) widened_rows<1>(columns, a + m * lda, lda, values, sums + m * kPanelRows);
-    return;
-  }
+inline void integer_tiles(const QuantWeights& w, int64_t panel, int64_t first, int64_t rows, int64_t columns, const uint8_t* a,
+                          int64_t lda, const int8_t* values, Ahead, const int32_t* offsets, int32_t* sums) {
+  start_sums(rows, offsets, sums);
   const uint8_t* steps = w.steps + (panel * w.depth + first) / kCodeRun * kPanelRows;
-  if (w.bits == 4) narrow_gemm<4>(rows, columns, a, lda, values, steps, sums);
-  if (w.bits == 3) narrow_gemm<3>(rows, columns, a, lda, values, steps, sums);
-  if (w.bits == 2) narrow_gemm<2>(rows, columns, a, lda, values, steps, sums);
+  for (int64_t k = 0; k < columns; k += kQuantChunk) {
+    const int64_t part = columns - k < kQuantChunk ? columns - k : kQuantChunk;
+    if (w.bits == 8) widened_gemm(rows, part, a + k, lda, values + k * kPanelRows, sums);
+    if (w.bits == 4) narrow_gemm<4>(rows, part, a + k, lda, values + k * kPanelRows, steps + k / kCodeRun * kPanelRows, sums);
+    if (w.bits == 3) narrow_gemm<3>(rows, part, a + k, lda, values + k * kPanelRows, steps + k / kCodeRun * kPanelRows, sums);
+    if (w.bits == 2) narrow_gemm<2>(rows, part, a + k, lda, values + k * kPanelRows, steps + k / kCodeRun * kPanelRows, sums);
+  }
 }
 
 #else
 
+constexpr int64_t kTileRows = 4;
 constexpr bool kTakesCodes = false;
 
-inline void integer_gemm(const QuantWeights&, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, int64_t lda,
-                         const int8_t* values, const uint8_t*, int32_t* sums) {
+inline void integer_tiles(const QuantWeights&, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, int64_t lda,
+                          const int8_t* values, Ahead, const int32_t* offsets, int32_t* sums) {
+  start_sums(rows, offsets, sums);
   for (int64_t m = 0; m < rows; ++m, a += lda, sums += kPanelRows) {
     const int8_t* b = values;
     for (int64_t k = 0; k < columns; k += 4, b += 4 * kPanelRows)

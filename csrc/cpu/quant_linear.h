@@ -10,16 +10,16 @@ namespace kd::cpu {
 constexpr int64_t kPanelRows = 64;       // output features of a panel
 constexpr int64_t kDepthAlign = 64;      // columns are padded to it: a tile of AMX
 constexpr int64_t kQuantizedRows = 4;    // rows of activations that one item quantises
-constexpr int64_t kQuantChunk = 256;     // columns whose weights, 16 KB a panel, are unpacked and stay in the first-level cache
+constexpr int64_t kQuantChunk = 256;     // columns whose 8-bit weights, 16 KB a panel, stay in the first-level cache
 
-// Blocks of rows, one of which an item multiplies with a panel. Unpacking a panel costs as much as multiplying some eight rows with
-// it, so low bits take more rows at a time; their int32 sums then lie in the second-level cache.
+// Blocks of rows, one of which an item multiplies with a panel. A block's codes stay in the second-level cache while all panels pass, 512 KB;
+// but unpacking a panel costs as much as multiplying some eight rows with it, so low bits take no fewer than 240 rows.
 static inline int64_t quant_row_blocks(const QuantLinear& op) {
-  const int64_t most = op.weights.bits == 8 ? 96 : 240;
+  const int64_t least = op.weights.bits == 8 ? 48 : 240, fitting = (512 << 10) / op.weights.depth;
+  const int64_t most = fitting > least ? fitting : least;
   return (op.rows + most - 1) / most;
 }
 
-// Equal blocks of whole tiles: 128 rows are 66 and 62, not 96 and 32.
 static inline int64_t quant_row_block(const QuantLinear& op) {
   const int64_t blocks = quant_row_blocks(op), even = blocks > 0 ? (op.rows + blocks - 1) / blocks : 0;
   return (even + 11) / 12 * 12;

@@ -1,9 +1,9 @@
 // quant_linear: y = activation(x W^T + bias) + residual with W of 8 to 2 bits.
 //
-// An item is a panel of 64 output features times a block of rows. With 8-bit activations the sums are int32 and exact; they start from
-// what the +128 of the stored activations adds too much, so taking that off costs nothing. Weights are read, or unpacked, kQuantChunk
-// columns at a time, which stay in the first-level cache while all rows pass. Scales, bias, activation and residual are applied while the
-// sums are in cache; what an encoder fuses behind them (LayerNorm, codes for the next layer) belongs there too, see finish_row.
+// An item is a panel of 64 output features times a block of rows, taken kTileRows rows at a time over all columns. With 8-bit activations
+// the sums are int32 and exact; they start from what the +128 of the stored activations adds too much, so taking that off costs nothing.
+// Scales, bias, activation and residual are applied to a tile while it is in the first-level cache. What else an encoder does to a row
+// (LayerNorm, codes for the next layer) needs all its panels and comes behind.
 
 struct QuantBlock {
   int64_t panel, first, rows, columns;  // rows of x from `first` on; columns of the output
@@ -28,11 +28,10 @@ inline vf lookup(const float* table, vi32 index) {
 #endif
 }
 
-// x * (1/2 + sign(x) T(|x|)), see core/gelu_curve.h. A NaN takes some piece of the table and stays NaN.
+// x / 2 + |x| T(|x|), see core/gelu_curve.h. A NaN takes some piece of the table and stays NaN.
 inline vf gelu(vf x, const float* curve) {
   const vf magic = set1(8388608.0f), last = set1((kGeluPieces - 1) * kGeluStep), per_piece = set1(1 / kGeluStep);  // magic: 2^23
-  vf size = vabs(x);
-  size = last < size ? last : size;
+  const vf whole = vabs(x), size = vmin(last, whole);
   const vf rounded = fma(size, per_piece, magic);
   const vi32 piece = reinterpret_cast<vi32>(rounded);  // in the lowest bits
   const vf u = fma(size, per_piece, magic - rounded);
@@ -40,8 +39,7 @@ inline vf gelu(vf x, const float* curve) {
   p = fma(p, u, lookup(curve + 2 * kGeluPieces, piece));
   p = fma(p, u, lookup(curve + kGeluPieces, piece));
   p = fma(p, u, lookup(curve, piece));
-  const vi32 sign = reinterpret_cast<vi32>(x) & static_cast<int32_t>(0x80000000);
-  return fma(x, reinterpret_cast<vf>(reinterpret_cast<vi32>(p) ^ sign), x * 0.5f);
+  return fma(whole, p, x * 0.5f);
 }
 
 // e = exp(-2 |x|) - 1 keeps tanh = -e / (2 + e) exact near 0.
@@ -129,13 +127,25 @@ inline void finish_rows(const QuantLinear& op, const QuantBlock& block, const Su
     finish_row<kActivation>(op, block, m, sums, scales ? scales[block.first + m] : 1.0f, bias);
 }
 
-template <typename Sums>
-inline void finish(const QuantLinear& op, const QuantBlock& block, const Sums& sums, const float* scales) {
-  alignas(64) float bias[kPanelRows] = {};
-  if (op.bias) {
-    const float* given = as_floats(op.bias, op.bias_dtype, block.panel * kPanelRows, 1, block.columns, bias);
-    if (given != bias) __builtin_memcpy(bias, given, block.columns * sizeof(float));
+// The same where nothing is in the way: a whole panel of float32 with neither residual nor zeros.
+template <Activation kActivation>
+inline void finish_plain(const QuantLinear& op, const QuantBlock& block, const int32_t* sums, const float* panel_scales, const float* bias) {
+  float* out = static_cast<float*>(op.out) + block.first * op.weights.rows + block.panel * kPanelRows;
+  for (int64_t m = 0; m < block.rows; ++m, out += op.weights.rows, sums += kPanelRows) {
+    const vf times = set1(op.a_scale[block.first + m]);
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < kPanelRows; n += W) {
+      vi32 sum;
+      __builtin_memcpy(&sum, sums + n, sizeof(sum));
+      const vf scaled = __builtin_convertvector(sum, vf) * load(panel_scales + n);
+      store(out + n, activate<kActivation>(fma(scaled, times, load(bias + n)), op.curve));
+    }
   }
+}
+
+// `bias`: of panel_bias.
+template <typename Sums>
+inline void finish(const QuantLinear& op, const QuantBlock& block, const Sums& sums, const float* scales, const float* bias) {
   switch (op.activation) {
     case Activation::kNone: return finish_rows<Activation::kNone>(op, block, sums, scales, bias);
     case Activation::kRelu: return finish_rows<Activation::kRelu>(op, block, sums, scales, bias);
@@ -144,38 +154,75 @@ inline void finish(const QuantLinear& op, const QuantBlock& block, const Sums& s
   }
 }
 
-// Floats of scratch: sums, their total over segments, and unpacked weights.
-int64_t quant_linear_scratch(const QuantLinear& op) {
-  const int64_t sums = quant_row_block(op) * kPanelRows;
-  return sums * (op.weights.segments > 1 ? 2 : 1) + kQuantChunk * kPanelRows / 4;
+inline bool plain(const QuantLinear& op, const QuantBlock& block) {
+  return op.x.dtype == DType::kF32 && block.columns == kPanelRows && !op.residual.data && !op.a_sums && op.weights.segments == 1;
 }
 
-void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
+inline void finish_plain(const QuantLinear& op, const QuantBlock& block, const int32_t* sums, const float* bias) {
+  const float* scales = op.weights.scales + block.panel * kPanelRows;
+  switch (op.activation) {
+    case Activation::kNone: return finish_plain<Activation::kNone>(op, block, sums, scales, bias);
+    case Activation::kRelu: return finish_plain<Activation::kRelu>(op, block, sums, scales, bias);
+    case Activation::kTanh: return finish_plain<Activation::kTanh>(op, block, sums, scales, bias);
+    default: return finish_plain<Activation::kGelu>(op, block, sums, scales, bias);
+  }
+}
+
+// The panel's bias, or zeros, as kPanelRows floats.
+inline void panel_bias(const QuantLinear& op, const QuantBlock& block, float* bias) {
+  for (int64_t n = 0; n < kPanelRows; ++n) bias[n] = 0;
+  if (!op.bias) return;
+  const float* given = as_floats(op.bias, op.bias_dtype, block.panel * kPanelRows, 1, block.columns, bias);
+  if (given != bias) __builtin_memcpy(bias, given, block.columns * sizeof(float));
+}
+
+// Floats of scratch: a tile's sums, their total over segments, and an unpacked panel.
+int64_t quant_linear_scratch(const QuantLinear& op) {
+  return 2 * kTileRows * kPanelRows + (op.weights.bits < 8 ? op.weights.depth * kPanelRows / 4 : 0);
+}
+
+// A tile's sums over all columns, scaled and added up over segments where there are several.
+inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, const int8_t* values, Ahead ahead, int32_t* sums,
+                         float* total) {
   const QuantWeights& w = op.weights;
-  const QuantBlock block = quant_block(op, item);
-  int8_t* values = reinterpret_cast<int8_t*>(scratch);
-  int32_t* sums = reinterpret_cast<int32_t*>(scratch + kQuantChunk * kPanelRows / 4);
-  float* total = w.segments > 1 ? reinterpret_cast<float*>(sums) + quant_row_block(op) * kPanelRows : nullptr;
   for (int64_t segment = 0; segment < w.segments; ++segment) {
-    const int32_t* offsets = w.offsets + (segment * w.panels + block.panel) * kPanelRows;
-    for (int64_t m = 0; m < block.rows; ++m)
-      for (int64_t n = 0; n < kPanelRows; ++n) sums[m * kPanelRows + n] = -offsets[n];
-    const int64_t end = segment + 1 == w.segments ? w.depth : (segment + 1) * w.segment;
-    for (int64_t k = segment * w.segment; k < end; k += kQuantChunk) {
-      const int64_t columns = end - k < kQuantChunk ? end - k : kQuantChunk;
-      const int8_t* part = panel_values<kTakesCodes>(w, block.panel, k, columns, values);
-      const uint8_t* ahead = w.codes + ((block.panel * w.depth + k + columns) * kPanelRows) * w.bits / 8;
-      integer_gemm(w, block.panel, k, block.rows, columns, op.a + block.first * w.depth + k, w.depth, part, ahead, sums);
-    }
-    const IntegerSums scaled(op, block, segment, sums);
-    if (!total) return finish(op, block, scaled, op.a_scale);
-    for (int64_t m = 0; m < block.rows; ++m)
+    const int64_t k = segment * w.segment, end = segment + 1 == w.segments ? w.depth : k + w.segment;
+    const int32_t* offsets = w.offsets + (segment * w.panels + tile.panel) * kPanelRows;
+    integer_tiles(w, tile.panel, k, tile.rows, end - k, op.a + tile.first * w.depth + k, w.depth, values + k * kPanelRows,
+                  {ahead.weights + k / 8 * ahead.weights_step, ahead.weights_step, ahead.a + k, ahead.out, ahead.out_row}, offsets, sums);
+    if (w.segments == 1) return;
+    const IntegerSums scaled(op, tile, segment, sums);
+    for (int64_t m = 0; m < tile.rows; ++m)
       for (int64_t n = 0; n < kPanelRows; n += W) {
         float* to = total + m * kPanelRows + n;
         store(to, segment > 0 ? load(to) + scaled(m, n) : scaled(m, n));
       }
   }
-  finish(op, block, FloatSums{total}, op.a_scale);
+}
+
+void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
+  const QuantWeights& w = op.weights;
+  const QuantBlock block = quant_block(op, item);
+  int32_t* sums = reinterpret_cast<int32_t*>(scratch);
+  float* total = scratch + kTileRows * kPanelRows;
+  const int8_t* values = panel_values<kTakesCodes>(w, block.panel, 0, w.depth, reinterpret_cast<int8_t*>(total + kTileRows * kPanelRows));
+  alignas(64) float bias[kPanelRows];
+  panel_bias(op, block, bias);
+  int64_t tiles = (block.rows + kTileRows - 1) / kTileRows;
+  const int64_t bytes = op.x.dtype == DType::kF32 ? 4 : 2;
+  Ahead ahead{w.codes + (block.panel + 1) * w.depth * kPanelRows * w.bits / 8, 8 * kPanelRows * w.bits / 8 / tiles,
+              op.a + block.first * w.depth, static_cast<char*>(op.out) + (block.first * w.rows + block.panel * kPanelRows) * bytes, w.rows * bytes};
+  QuantBlock tile = block;
+  for (int64_t left = block.rows; left > 0; left -= tile.rows, tile.first += tile.rows, --tiles) {
+    tile.rows = (left + tiles - 1) / tiles;  // 8 rows are 4 and 4: two rows have too few sums to keep the units busy
+    ahead.a += tile.rows * w.depth;
+    segment_sums(op, tile, values, ahead, sums, total);
+    if (plain(op, block)) finish_plain(op, tile, sums, bias);
+    else if (w.segments == 1) finish(op, tile, IntegerSums(op, tile, 0, sums), op.a_scale, bias);
+    else finish(op, tile, FloatSums{total}, op.a_scale, bias);
+    ahead.weights += w.depth / 8 * ahead.weights_step;
+    ahead.out += tile.rows * ahead.out_row;
+  }
 }
 
 // Weight-only: the same items with float32 products; weights are unpacked and widened kFloatChunk columns at a time.
@@ -241,5 +288,7 @@ void quant_linear_float(const QuantLinear& op, int64_t item, float* scratch) {
       for (; m < block.rows; ++m) float_tile<1>(columns, x + m * kFloatChunk, kFloatChunk, weights, sums + m * kPanelRows);
     }
   }
-  finish(op, block, FloatSums{sums}, nullptr);
+  alignas(64) float bias[kPanelRows];
+  panel_bias(op, block, bias);
+  finish(op, block, FloatSums{sums}, nullptr, bias);
 }

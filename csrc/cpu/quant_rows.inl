@@ -18,6 +18,23 @@ inline void store_codes(uint8_t* p, vf q) {
 #endif
 }
 
+// x * inverse to codes, n a multiple of W. A row's own scale keeps them within 127; kClip: one that is given does not.
+template <bool kClip>
+inline void store_row_codes(const float* x, int64_t n, float inverse, uint8_t* a) {
+  const vf times = set1(inverse), most = set1(127.0f);
+  const auto code = [&](int64_t k) { return kClip ? vmax(-most, vmin(most, load(x + k) * times)) : load(x + k) * times; };
+  int64_t k = 0;
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing is done within 128 bits
+  const auto two = [&](int64_t i) { return _mm512_packs_epi32(_mm512_cvtps_epi32(code(i)), _mm512_cvtps_epi32(code(i + W))); };
+  for (; k + 4 * W <= n; k += 4 * W) {
+    const __m512i bytes = _mm512_permutexvar_epi32(lanes, _mm512_packs_epi16(two(k), two(k + 2 * W)));
+    _mm512_storeu_si512(a + k, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+  }
+#endif
+  for (; k < n; k += W) store_codes(a + k, code(k));
+}
+
 // The bits of the largest magnitude: as integers they are ordered as the floats are, with NaN above Inf above all numbers.
 inline int32_t largest_bits(const float* x, int64_t n) {
   vi32 most[4] = {};
@@ -64,16 +81,18 @@ inline void quantize_row(const QuantLinear& op, int64_t row, float* scratch) {
   if (bits == kInfinity) {
     for (; k < w.columns; ++k) a[k] = static_cast<uint8_t>(128 + (__builtin_isinf(x[k]) ? (x[k] > 0 ? 127 : -127) : 0));
   } else {
-    const vf inverse = set1(1.0f / scale), most = set1(127.0f);
-    const auto code = [&](vf part) {
-      part = part * inverse;
-      return vmax(-most, -vmax(-most, -part));
-    };
-    for (; k + W <= w.columns; k += W) store_codes(a + k, code(load(x + k)));
-    if (k < w.columns) {
+    const float inverse = 1.0f / scale;
+    const bool clip = op.static_scale > 0;
+    const auto store_all = clip ? store_row_codes<true> : store_row_codes<false>;
+    const int64_t whole = w.columns / W * W;
+    store_all(x, whole, inverse, a);
+    k = w.columns;
+    if (whole < w.columns) {
+      alignas(64) float rest[W];
       uint8_t last[W];
-      store_codes(last, code(load_n(x + k, w.columns - k, 0.0f)));
-      for (int i = 0; k < w.columns; ++k, ++i) a[k] = last[i];
+      store(rest, load_n(x + whole, w.columns - whole, 0.0f));
+      store_all(rest, W, inverse, last);
+      for (int64_t i = whole; i < w.columns; ++i) a[i] = last[i - whole];
     }
   }
   for (; k < w.depth; ++k) a[k] = 128;

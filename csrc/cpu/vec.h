@@ -92,6 +92,17 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
+// As vmax, b where either is NaN.
+inline vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 inline vf vabs(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi32>(x) & 0x7fffffff); }
 
 inline vf round_even(vf x) {
