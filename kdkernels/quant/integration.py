@@ -47,12 +47,12 @@ class KdkernelsQuantizer(HfQuantizer):
     """Lays out empty quantised modules before the weights are read, checks what was read, attaches the encoder."""
 
     def _process_model_before_weight_loading(self, model, **_):
-        from .quantize import plan, replace
+        from .quantize import lay_out, plan
 
         config = self.quantization_config
         own = {part: Scheme(**fields) for part, fields in config.bits_per_layer.items()}
         self._as_saved = type(model).__name__ in (model.config.architectures or ())
-        replace(model, plan(model, Scheme(**config.scheme), own, config.skip), empty=True)
+        lay_out(model, plan(model, Scheme(**config.scheme), own, config.skip))
 
     def _process_model_after_weight_loading(self, model, **_):
         from .encoder import attach_all

@@ -62,10 +62,10 @@ class QuantLinear(_Packed):
             return cls(module.in_features, module.out_features, scheme, bias=module.bias is not None)
 
     @classmethod
-    def of(cls, module: nn.Linear, scheme: Scheme) -> "QuantLinear":
-        """The module, packed."""
+    def of(cls, module: nn.Linear, scheme: Scheme, importance: torch.Tensor | None = None) -> "QuantLinear":
+        """The module, packed; `importance` as in `pack`."""
         self = cls.like(module, scheme)
-        self.packed = pack(module.weight, scheme).blob
+        self.packed = pack(module.weight, scheme, importance=importance).blob
         if module.bias is not None:
             self.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
         return self

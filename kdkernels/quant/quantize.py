@@ -4,12 +4,13 @@ Which scheme a layer gets is decided by `plan` and nowhere else: quantize() foll
 it again on the empty model, from the same few settings in config.json.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import architectures, encoder
+from .importance import mean_squares
 from .modules import QuantEmbedding, QuantLinear
 from .scheme import NAMED, Scheme, as_scheme
 
@@ -23,6 +24,7 @@ def quantize(
     *,
     bits_per_layer: Mapping[str, int | str | Scheme] | Sequence[int | str | Scheme] | None = None,
     skip: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
     """Quantises a transformers encoder in place, for inference: no calibration data, padding-free, any batch of texts.
 
@@ -39,6 +41,7 @@ def quantize(
             from part of a module's name ("encoder.layer.0", "output.dense"), of which the longest that fits counts;
             or a sequence with one for each block of the encoder.
         skip: parts of names of modules that stay as they are.
+        progress: called with (modules packed so far, modules to pack) after each.
 
     Returns: the model, in eval mode. `model.save_pretrained(folder)` and, after `import kdkernels`,
         `AutoModel.from_pretrained(folder)` work.
@@ -58,14 +61,14 @@ def quantize(
     layers = plan(model, scheme, own, skip)
     if not layers:
         raise ValueError(f"model has no linear layer to quantise that is not in skip ({type(model).__name__})")
-    replace(model, layers)
+    _pack(model.eval(), layers, progress)
     encoder.attach_all(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             from .integration import mark  # not before there is a model of transformers: it imports all its quantisers
 
             mark(module, scheme, own, skip)
-    return model.eval()
+    return model
 
 
 def plan(model: nn.Module, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequence[str]) -> dict[str, Scheme]:
@@ -90,12 +93,27 @@ def plan(model: nn.Module, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequ
     return layers
 
 
-def replace(model: nn.Module, layers: Mapping[str, Scheme], *, empty: bool = False) -> None:
-    """Puts a quantised module in place of each named one; `empty`: to be loaded into, the weights are not read."""
+def lay_out(model: nn.Module, layers: Mapping[str, Scheme]) -> None:
+    """Puts an empty quantised module, to be loaded into, in place of each named one."""
     for name, scheme in layers.items():
         module = model.get_submodule(name)
         kind = QuantLinear if isinstance(module, nn.Linear) else QuantEmbedding
-        model.set_submodule(name, kind.like(module, scheme) if empty else kind.of(module, scheme))
+        model.set_submodule(name, kind.like(module, scheme))
+
+
+def _pack(model: nn.Module, layers: Mapping[str, Scheme], progress: Callable[[int, int], None] | None) -> None:
+    """Puts a quantised module in place of each named one."""
+    linears = [name for name in layers if isinstance(model.get_submodule(name), nn.Linear)]
+    importance = mean_squares(model, linears)
+    for done, (name, scheme) in enumerate(layers.items(), 1):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            packed = QuantLinear.of(module, scheme, importance.get(name))
+        else:
+            packed = QuantEmbedding.of(module, scheme)
+        model.set_submodule(name, packed)
+        if progress is not None:
+            progress(done, len(layers))
 
 
 def explain(model: nn.Module) -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from .quantize import quantize
@@ -78,8 +79,9 @@ def run(
         raise ValueError(f"--max-drop needs a sequence classifier, got {type(loaded).__name__}")
     with console.status("measuring the original"):
         before = measure(loaded, tokenizer, texts)
-    with console.status(f"quantising to {scheme}"):
-        quantize(loaded, scheme, skip=skip)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"quantising to {scheme}", total=None)
+        quantize(loaded, scheme, skip=skip, progress=lambda done, all: bar.update(task, completed=done, total=all))
     with console.status("measuring the quantised model"):
         after = measure(loaded, tokenizer, texts)
     deviation = compare(before.outputs, after.outputs, _classifies(loaded))
