@@ -2,11 +2,13 @@
 // kernels compile with the host compiler and run there.
 //
 // Blocks run one after the other. The threads of a block are fibers: a warp runs to its next __syncthreads before the next warp
-// starts, the most uneven progress that barriers allow, so that a missing one shows. What a GPU would turn into a hang or into
-// garbage is an error here: a barrier that some threads of the block never reach, a shuffle that misses lanes, shared memory read
-// before it was written (it holds NaN when a block starts), and, with -fsanitize=undefined, misaligned vector loads and indices
-// out of bounds.
+// starts, the most uneven progress that barriers allow, so that a missing one shows; within a warp all lanes meet at every shuffle,
+// vote, ldmatrix and mma. What a GPU would turn into a hang or into garbage is an error here: a barrier that some threads of the
+// block never reach, an instruction of a warp that misses lanes, shared memory read before it was written (when a block starts it
+// holds kUnwritten: NaN of every type, and no data that a test would make), and, with -fsanitize=undefined, misaligned vector
+// loads and indices out of bounds. Behind dynamic shared memory lies a page that nobody may touch.
 #pragma once
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -16,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -54,20 +57,35 @@ namespace cuda_host {
 
 constexpr unsigned kWarp = 32, kStackBytes = 128 << 10;
 
-enum class State { kReady, kAtBlockBarrier, kAtShuffle, kDone };
+constexpr size_t kPage = 4096, kDefaultDynamic = 48 << 10, kMostDynamic = 227 << 10;
+
+// What shared memory holds until it is written: 16 bytes that repeat.
+constexpr uint16_t kUnwritten[8] = {0xfff9, 0xfff2, 0xfffc, 0xfff5, 0xfffe, 0xfff7, 0xfff3, 0xfffb};
+
+enum class State { kReady, kAtBlockBarrier, kAtWarp, kDone, kFailed };
+
+struct Copy {
+  void* to;
+  uint4 data;
+};
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
-  unsigned shuffles;  // so far; the parity chooses the slot, so that a fast lane cannot overwrite what a slow one reads
-  uint64_t shuffled[2];
+  const char* instruction;  // of the warp, that the lane waits at
+  unsigned meetings;        // so far; the parity chooses the slot, so that a fast lane cannot overwrite what a slow one reads
+  char offers[2][32];
+  std::vector<std::vector<Copy>> copies;  // of cp.async: groups under way, the last not committed yet
 };
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline const char* failure = "no error";
+inline char* dynamic_shared = nullptr;  // of the block
+inline size_t dynamic_bytes = 0;
+inline std::map<const void*, size_t> dynamic_limits;  // of kernels that were allowed more than the default
 
 inline Fiber& current() { return fibers[threadIdx.x]; }
 
@@ -76,9 +94,70 @@ inline void wait(State state) {
   swapcontext(&current().context, &scheduler);
 }
 
+// Ends the launch with an error.
+inline void fail(const char* why) {
+  failure = why;
+  wait(State::kFailed);
+}
+
 inline void run_fiber() {
   body();
+  if (current().copies.size() > 1 || !current().copies.back().empty()) fail("a thread returned before its cp.async had arrived");
   wait(State::kDone);
+}
+
+// Every lane's offer to the others of its warp.
+template <class T>
+struct Offers {
+  unsigned slot;
+
+  T operator[](unsigned lane) const {
+    T offer;
+    memcpy(&offer, fibers[threadIdx.x / kWarp * kWarp + lane].offers[slot], sizeof offer);
+    return offer;
+  }
+};
+
+// Waits for all lanes of the warp to come to the same instruction.
+template <class T>
+Offers<T> meet(const char* instruction, const T& offer) {
+  static_assert(sizeof(T) <= sizeof(Fiber::offers[0]));
+  Fiber& fiber = current();
+  const unsigned slot = fiber.meetings++ % 2;
+  memcpy(fiber.offers[slot], &offer, sizeof offer);
+  fiber.instruction = instruction;
+  wait(State::kAtWarp);
+  return {slot};
+}
+
+inline bool inside(const void* p, size_t bytes, const char* begin, const char* end) {
+  return p >= begin && static_cast<const char*>(p) + bytes <= end;
+}
+
+// Memory of the block, at a multiple of its size.
+inline void check_shared(const void* p, size_t bytes) {
+  if (!inside(p, bytes, __start_cuda_shared, __stop_cuda_shared) &&
+      !inside(p, bytes, dynamic_shared, dynamic_shared + dynamic_bytes)) {
+    fail("shared memory is accessed out of bounds");
+  }
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("shared memory is accessed at a misaligned address");
+}
+
+inline void unwrite(void* begin, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) {  // by the address: the pattern repeats across what is unwritten at different times
+    char* p = static_cast<char*>(begin) + i;
+    *p = reinterpret_cast<const char*>(kUnwritten)[reinterpret_cast<uintptr_t>(p) % sizeof kUnwritten];
+  }
+}
+
+// Fails if any 4 of the bytes, at a multiple of 4, were not written since they were `unwrite`n.
+inline void check_written(const void* begin, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 4) {
+    const char* p = static_cast<const char*>(begin) + i;
+    if (memcmp(p, reinterpret_cast<const char*>(kUnwritten) + reinterpret_cast<uintptr_t>(p) % sizeof kUnwritten, 4) == 0) {
+      fail("shared memory is read before it was written");
+    }
+  }
 }
 
 inline bool all(unsigned first, unsigned end, State state) {
@@ -99,28 +178,48 @@ inline bool step_warp(unsigned warp) {
     threadIdx.x = warp * kWarp + (host_threads_reversed ? kWarp - 1 - i : i);
     if (current().state != State::kReady) continue;
     swapcontext(&scheduler, &current().context);
+    if (current().state == State::kFailed) return false;
     progress = true;
   }
-  if (all(warp * kWarp, (warp + 1) * kWarp, State::kAtShuffle)) release(warp * kWarp, (warp + 1) * kWarp);
+  const unsigned first = warp * kWarp, end = first + kWarp;
+  if (!all(first, end, State::kAtWarp)) return progress;
+  for (unsigned i = first; i < end; ++i) {
+    if (strcmp(fibers[i].instruction, fibers[first].instruction) != 0) {
+      failure = "lanes of one warp wait at different instructions";
+      fibers[i].state = State::kFailed;
+      return false;
+    }
+  }
+  release(first, end);
   return progress;
+}
+
+inline bool any_failed() {
+  for (const Fiber& fiber : fibers) {
+    if (fiber.state == State::kFailed) return true;
+  }
+  return false;
 }
 
 // Runs one block to its end; false if its threads can never meet again.
 inline bool run_block() {
   const unsigned threads = blockDim.x, warps = threads / kWarp;
-  memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
+  unwrite(__start_cuda_shared, __stop_cuda_shared - __start_cuda_shared);
+  unwrite(dynamic_shared, dynamic_bytes);
   for (Fiber& fiber : fibers) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.state = State::kReady;
-    fiber.shuffles = 0;
+    fiber.meetings = 0;
+    fiber.copies.assign(1, {});
     makecontext(&fiber.context, run_fiber, 0);
   }
   while (true) {
     for (unsigned i = 0; i < warps; ++i) {
       while (step_warp(host_threads_reversed ? warps - 1 - i : i)) {
       }
+      if (any_failed()) return false;
     }
     if (all(0, threads, State::kDone)) return true;
     if (!all(0, threads, State::kAtBlockBarrier)) {
@@ -135,16 +234,36 @@ inline bool run_block() {
 
 inline void __syncthreads() { cuda_host::wait(cuda_host::State::kAtBlockBarrier); }
 
+namespace cuda_host {
+
+template <class T>
+T shuffle(unsigned mask, const char* instruction, T value, unsigned from) {
+  if (mask != 0xffffffffu) std::abort();  // partial masks are not supported here
+  return meet(instruction, value)[from % kWarp];
+}
+
+}  // namespace cuda_host
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  if (mask != 0xffffffffu) std::abort();  // partial masks are not supported here
-  cuda_host::Fiber& fiber = cuda_host::current();
-  const unsigned slot = fiber.shuffles++ % 2, partner = threadIdx.x ^ static_cast<unsigned>(lane_mask);
-  memcpy(&fiber.shuffled[slot], &value, sizeof value);
-  cuda_host::wait(cuda_host::State::kAtShuffle);
-  memcpy(&value, &cuda_host::fibers[partner].shuffled[slot], sizeof value);
-  return value;
+  return cuda_host::shuffle(mask, "shfl.bfly", value, threadIdx.x ^ static_cast<unsigned>(lane_mask));
 }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return cuda_host::shuffle(mask, "shfl.idx", value, static_cast<unsigned>(lane));
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  if (mask != 0xffffffffu) std::abort();
+  const auto votes = cuda_host::meet("vote.ballot", vote);
+  unsigned all = 0;
+  for (unsigned lane = 0; lane < cuda_host::kWarp; ++lane) all |= unsigned(votes[lane]) << lane;
+  return all;
+}
+
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == 0xffffffffu; }
 
 // A product that the compiler may not fuse into a following addition.
 inline float __fmul_rn(float a, float b) {
@@ -157,6 +276,34 @@ T __ldg(const T* address) {
   return *address;
 }
 
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), int attribute, int value) {
+  const bool possible = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && size_t(value) <= cuda_host::kMostDynamic;
+  if (possible) cuda_host::dynamic_limits[reinterpret_cast<const void*>(kernel)] = value;
+  return possible ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+namespace cuda_host {
+
+// Dynamic shared memory of one launch, 128-byte aligned, up to a page that faults.
+struct Dynamic {
+  size_t bytes, pages;
+  char* base;
+
+  explicit Dynamic(size_t wanted) : bytes((wanted + 127) / 128 * 128), pages((bytes + kPage - 1) / kPage * kPage) {
+    base = static_cast<char*>(mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base == MAP_FAILED || mprotect(base + pages, kPage, PROT_NONE) != 0) std::abort();
+    dynamic_shared = base + pages - bytes;
+    dynamic_bytes = wanted;
+  }
+  Dynamic(const Dynamic&) = delete;
+  ~Dynamic() { munmap(base, pages + kPage); }
+};
+
+}  // namespace cuda_host
+
 template <class... P>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), P... args) {
   gridDim = config->gridDim;
@@ -164,6 +311,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (gridDim.x == 0 || blockDim.x == 0 || blockDim.x > 1024 || blockDim.x % cuda_host::kWarp != 0) {
     return cudaErrorInvalidConfiguration;
   }
+  const auto limit = cuda_host::dynamic_limits.find(reinterpret_cast<const void*>(kernel));
+  if (config->dynamicSmemBytes > (limit == cuda_host::dynamic_limits.end() ? cuda_host::kDefaultDynamic : limit->second)) {
+    return cudaErrorInvalidValue;
+  }
+  const cuda_host::Dynamic dynamic(config->dynamicSmemBytes);
   cuda_host::fibers = std::vector<cuda_host::Fiber>(blockDim.x);
   cuda_host::body = [=] { kernel(args...); };
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
