@@ -1,60 +1,63 @@
-// Integer products, exact on every ISA: sums[rows][64] = a[rows, columns] values[columns, 64] - offsets with a of unsigned bytes, values of
-// int8 in [columns / 4][64][4] and sums of int32. Columns: a multiple of 32; rows: at most kTileRows.
+// Integer products, exact on every ISA: sums[rows][64] = starts + a[rows, columns] values[columns, 64] with a of unsigned bytes, values of
+// int8 in four groups of [columns / 4][16][4] and sums of int32. Columns: a multiple of 32; rows: at most tile_rows().
 //
 // AVX-512: vpdpbusd adds four products to an int32. A tile of 6 x 64 has 24 sums in registers over all columns, 4 loads and 6 broadcasts a
 // step; values come from the second-level cache, 21 bytes a cycle. Sums that left the registers every 256 columns cost a tenth.
+// AMX: see quant_gemm_amx.inl.
 // AVX2: vpmaddubsw adds two products in int16, where 8-bit values would saturate: those are widened to int16 for vpmaddwd. Codes of 4 bits
 // and less fit: 2 * 255 * 15 is below 2^15 / 4, so four such sums add up in int16 (eight below 4 bits); then vpmaddwd by the step widens
 // and scales them at once. The offset of 32 columns takes one vpmaddwd with the sum of their activations.
-//
-// AVX-512 alone is fast enough to wait for memory: see Ahead.
 
-inline void start_sums(int64_t rows, const int32_t* offsets, int32_t* sums) {
-  for (int64_t m = 0; m < rows; ++m)
-    for (int64_t n = 0; n < kPanelRows; ++n) sums[m * kPanelRows + n] = -offsets[n];
-}
-
-// What comes next, asked for beside the products, a little with every 32 columns.
+// What comes next, asked for beside the products, a little with every 32 columns: AVX-512 alone is fast enough to wait for memory.
 struct Ahead {
   const uint8_t* weights;  // `weights_step` bytes further on with every 8 columns, into the second-level cache
   int64_t weights_step;
-  const uint8_t* a;  // kTileRows rows of activations
+  const uint8_t* a;  // the next tile's activations
   char* out;         // the tile of outputs to be written: 4 lines of 64 bytes a row
   int64_t out_row;
 };
 
-#if defined(__AVX512F__)
+constexpr int64_t kVnniRows = 6;
 
-constexpr int64_t kTileRows = 6;
+// Rows at once: `left` in equal parts, since a tile of two rows has too few sums to keep the units busy. 8 rows are 4 and 4.
+inline int64_t equal_parts(int64_t left, int64_t most) {
+  const int64_t tiles = (left + most - 1) / most;
+  return (left + tiles - 1) / tiles;
+}
+
+inline void start_sums(int64_t rows, const int32_t* starts, int32_t* sums) {
+  for (int64_t m = 0; m < rows; ++m) __builtin_memcpy(sums + m * kPanelRows, starts, kPanelRows * sizeof(int32_t));
+}
+
+#if defined(__AVX512F__)
 
 inline void dot4(vi& sum, vi a, vi b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
 template <int kMr>
-inline void integer_tile(int64_t columns, const uint8_t* a, int64_t lda, const int8_t* values, Ahead ahead,
-                         const int32_t* offsets, int32_t* sums) {
+inline void vnni_tile(int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, Ahead ahead, const int32_t* starts, int32_t* sums) {
   vi sum[kMr][4];
 #pragma GCC unroll 4
   for (int n = 0; n < 4; ++n) {
-    const vi start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(offsets + n * 16));
+    const vi start = _mm512_loadu_si512(starts + n * 16);
 #pragma GCC unroll 6
     for (int m = 0; m < kMr; ++m) sum[m][n] = start;
   }
-  for (int64_t k = 0; k < columns; k += 32, a += 32, ahead.a += 32, values += 32 * kPanelRows) {
+  for (int64_t k = 0; k < columns; k += 32, a += 32, ahead.a += 32, b.values += 512) {
     if (k < 128 * kMr) __builtin_prefetch(ahead.out + k / 128 * ahead.out_row + k % 128 * 2, 1);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
       if (j < kMr) __builtin_prefetch(ahead.a + j * lda);
       if (j % 2 == 0) __builtin_prefetch(ahead.weights + j / 2 * ahead.weights_step, 0, 2);
-      vi b[4];
+      vi group[4];
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) b[n] = _mm512_loadu_si512(values + (j * 4 + n) * 64);
+      for (int n = 0; n < 4; ++n) group[n] = _mm512_loadu_si512(b.values + n * b.group + j * 64);
 #pragma GCC unroll 6
       for (int m = 0; m < kMr; ++m) {
         int32_t four;
         __builtin_memcpy(&four, a + m * lda + j * 4, 4);
         const vi row = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) dot4(sum[m][n], row, b[n]);
+        for (int n = 0; n < 4; ++n) dot4(sum[m][n], row, group[n]);
       }
     }
     ahead.weights += 4 * ahead.weights_step;
@@ -65,23 +68,37 @@ inline void integer_tile(int64_t columns, const uint8_t* a, int64_t lda, const i
     for (int n = 0; n < 4; ++n) _mm512_store_si512(sums + m * kPanelRows + n * 16, sum[m][n]);
 }
 
-constexpr bool kTakesCodes = false;
-
-inline void integer_tiles(const QuantWeights&, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, int64_t lda,
-                          const int8_t* values, Ahead ahead, const int32_t* offsets, int32_t* sums) {
+inline void vnni_tiles(int64_t rows, int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, Ahead ahead, const int32_t* starts,
+                       int32_t* sums) {
   switch (rows) {
-    case 1: return integer_tile<1>(columns, a, lda, values, ahead, offsets, sums);
-    case 2: return integer_tile<2>(columns, a, lda, values, ahead, offsets, sums);
-    case 3: return integer_tile<3>(columns, a, lda, values, ahead, offsets, sums);
-    case 4: return integer_tile<4>(columns, a, lda, values, ahead, offsets, sums);
-    case 5: return integer_tile<5>(columns, a, lda, values, ahead, offsets, sums);
-    default: return integer_tile<6>(columns, a, lda, values, ahead, offsets, sums);
+    case 1: return vnni_tile<1>(columns, a, lda, b, ahead, starts, sums);
+    case 2: return vnni_tile<2>(columns, a, lda, b, ahead, starts, sums);
+    case 3: return vnni_tile<3>(columns, a, lda, b, ahead, starts, sums);
+    case 4: return vnni_tile<4>(columns, a, lda, b, ahead, starts, sums);
+    case 5: return vnni_tile<5>(columns, a, lda, b, ahead, starts, sums);
+    default: return vnni_tile<6>(columns, a, lda, b, ahead, starts, sums);
   }
 }
 
-#elif defined(__AVX2__)
+#endif
 
-constexpr int64_t kTileRows = 12;
+#if defined(__AMX_INT8__)
+
+#include "quant_gemm_amx.inl"
+
+#elif defined(__AVX512F__)
+
+constexpr bool kTakesCodes = false;
+constexpr int64_t kTileRows = kVnniRows;
+
+inline int64_t tile_rows(const QuantWeights&, int64_t left) { return equal_parts(left, kVnniRows); }
+
+inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, PanelValues b,
+                          Ahead ahead, const int32_t* starts, int32_t* sums) {
+  vnni_tiles(rows, columns, a, w.depth, b, ahead, starts, sums);
+}
+
+#elif defined(__AVX2__)
 
 inline void add32(vi& sum, vi x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
 inline void add16(vi& sum, vi x) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
@@ -92,7 +109,7 @@ inline void widened_tile(int64_t columns, const int16_t* a, const int8_t* values
   vi sum[kMr][2];
 #pragma GCC unroll 6
   for (int m = 0; m < kMr; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
-  for (int64_t k = 0; k < columns; k += 4, values += 4 * kPanelRows) {
+  for (int64_t k = 0; k < columns; k += 4, values += 4 * kGroupRows) {
     const vi b0 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
     const vi b1 = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 16)));
 #pragma GCC unroll 6
@@ -113,20 +130,15 @@ inline void widened_tile(int64_t columns, const int16_t* a, const int8_t* values
 }
 
 template <int kMr>
-inline void widened_rows(int64_t columns, const uint8_t* a, int64_t lda, const int8_t* values, int32_t* sums) {
+inline void widened_rows(int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, int32_t* sums) {
   alignas(32) int16_t wide[kMr * kQuantChunk];
   for (int m = 0; m < kMr; ++m)
     for (int64_t k = 0; k < columns; k += 16) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + m * lda + k));
       _mm256_store_si256(reinterpret_cast<vi*>(wide + m * kQuantChunk + k), _mm256_cvtepu8_epi16(bytes));
     }
-  for (int n = 0; n < kPanelRows; n += 8) widened_tile<kMr>(columns, wide, values + n * 4, sums + n);
-}
-
-inline void widened_gemm(int64_t rows, int64_t columns, const uint8_t* a, int64_t lda, const int8_t* values, int32_t* sums) {
-  int64_t m = 0;
-  for (; m + 6 <= rows; m += 6) widened_rows<6>(columns, a + m * lda, lda, values, sums + m * kPanelRows);
-  for (; m < rows; ++m) widened_rows<1>(columns, a + m * lda, lda, values, sums + m * kPanelRows);
+  for (int n = 0; n < kPanelRows; n += 8)
+    widened_tile<kMr>(columns, wide, b.values + n / kGroupRows * b.group + n % kGroupRows * 4, sums + n);
 }
 
 // A byte for each of 8 output features, in both halves of their 32 bits.
@@ -137,7 +149,7 @@ template <int kMr, int kBits>
 inline void narrow_tile(int64_t columns, const uint8_t* a, int64_t lda, const int32_t* sums_of_a, const int8_t* codes, const uint8_t* steps,
                         int32_t* sums) {
   constexpr int kSteps = kBits == 4 ? 4 : 8;
-  for (int64_t run = 0; run * kCodeRun < columns; ++run, steps += kPanelRows) {
+  for (int64_t run = 0; run * kCodeRun < columns; ++run, steps += kGroupRows) {
     vi step[2], offset[2];
     for (int n = 0; n < 2; ++n) {
       const vi both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(steps + n * 8)));
@@ -150,7 +162,7 @@ inline void narrow_tile(int64_t columns, const uint8_t* a, int64_t lda, const in
       vi sum[kMr][2];
 #pragma GCC unroll 4
       for (int m = 0; m < kMr; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
-      for (int64_t k = run * kCodeRun + half, end = k + 4 * kSteps; k < end; k += 4, codes += 4 * kPanelRows) {
+      for (int64_t k = run * kCodeRun + half, end = k + 4 * kSteps; k < end; k += 4, codes += 4 * kGroupRows) {
         const vi b0 = _mm256_loadu_si256(reinterpret_cast<const vi*>(codes));
         const vi b1 = _mm256_loadu_si256(reinterpret_cast<const vi*>(codes + 32));
 #pragma GCC unroll 4
@@ -178,7 +190,8 @@ inline void narrow_tile(int64_t columns, const uint8_t* a, int64_t lda, const in
 }
 
 template <int kMr, int kBits>
-inline void narrow_rows(int64_t columns, const uint8_t* a, int64_t lda, const int8_t* codes, const uint8_t* steps, int32_t* sums) {
+inline void narrow_rows(int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, const uint8_t* steps, int64_t steps_group,
+                        int32_t* sums) {
   int32_t sums_of_a[kMr * (kQuantChunk / kCodeRun)];
   for (int m = 0; m < kMr; ++m)
     for (int64_t k = 0; k < columns; k += kCodeRun) {
@@ -187,46 +200,67 @@ inline void narrow_rows(int64_t columns, const uint8_t* a, int64_t lda, const in
           static_cast<int32_t>(_mm256_extract_epi64(four, 0) + _mm256_extract_epi64(four, 1) + _mm256_extract_epi64(four, 2) +
                                _mm256_extract_epi64(four, 3));
     }
-  for (int n = 0; n < kPanelRows; n += 16) narrow_tile<kMr, kBits>(columns, a, lda, sums_of_a, codes + n * 4, steps + n, sums + n);
+  for (int g = 0; g < kPanelGroups; ++g)
+    narrow_tile<kMr, kBits>(columns, a, lda, sums_of_a, b.values + g * b.group, steps + g * steps_group, sums + g * kGroupRows);
 }
 
 template <int kBits>
-inline void narrow_gemm(int64_t rows, int64_t columns, const uint8_t* a, int64_t lda, const int8_t* codes, const uint8_t* steps,
-                        int32_t* sums) {
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) narrow_rows<4, kBits>(columns, a + m * lda, lda, codes, steps, sums + m * kPanelRows);
-  for (; m < rows; ++m) narrow_rows<1, kBits>(columns, a + m * lda, lda, codes, steps, sums + m * kPanelRows);
+inline void narrow_gemm(int64_t rows, int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, const uint8_t* steps,
+                        int64_t steps_group, int32_t* sums) {
+  switch (rows) {
+    case 1: return narrow_rows<1, kBits>(columns, a, lda, b, steps, steps_group, sums);
+    case 2: return narrow_rows<2, kBits>(columns, a, lda, b, steps, steps_group, sums);
+    case 3: return narrow_rows<3, kBits>(columns, a, lda, b, steps, steps_group, sums);
+    default: return narrow_rows<4, kBits>(columns, a, lda, b, steps, steps_group, sums);
+  }
+}
+
+inline void widened_gemm(int64_t rows, int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, int32_t* sums) {
+  switch (rows) {
+    case 1: return widened_rows<1>(columns, a, lda, b, sums);
+    case 2: return widened_rows<2>(columns, a, lda, b, sums);
+    case 3: return widened_rows<3>(columns, a, lda, b, sums);
+    case 4: return widened_rows<4>(columns, a, lda, b, sums);
+    case 5: return widened_rows<5>(columns, a, lda, b, sums);
+    default: return widened_rows<6>(columns, a, lda, b, sums);
+  }
 }
 
 constexpr bool kTakesCodes = true;
+constexpr int64_t kTileRows = 6;
+
+inline int64_t tile_rows(const QuantWeights& w, int64_t left) { return equal_parts(left, w.bits == 8 ? 6 : 4); }
 
 inline void integer_tiles(const QuantWeights& w, int64_t panel, int64_t first, int64_t rows, int64_t columns, const uint8_t* a,
-                          int64_t lda, const int8_t* values, Ahead, const int32_t* offsets, int32_t* sums) {
-  start_sums(rows, offsets, sums);
-  const uint8_t* steps = w.steps + (panel * w.depth + first) / kCodeRun * kPanelRows;
-  for (int64_t k = 0; k < columns; k += kQuantChunk) {
+                          PanelValues b, Ahead, const int32_t* starts, int32_t* sums) {
+  start_sums(rows, starts, sums);
+  const int64_t steps_group = w.depth / kCodeRun * kGroupRows;
+  const uint8_t* steps = w.steps + panel * kPanelGroups * steps_group + first / kCodeRun * kGroupRows;
+  for (int64_t k = 0; k < columns; k += kQuantChunk, b.values += kQuantChunk * kGroupRows, steps += kQuantChunk / kCodeRun * kGroupRows) {
     const int64_t part = columns - k < kQuantChunk ? columns - k : kQuantChunk;
-    if (w.bits == 8) widened_gemm(rows, part, a + k, lda, values + k * kPanelRows, sums);
-    if (w.bits == 4) narrow_gemm<4>(rows, part, a + k, lda, values + k * kPanelRows, steps + k / kCodeRun * kPanelRows, sums);
-    if (w.bits == 3) narrow_gemm<3>(rows, part, a + k, lda, values + k * kPanelRows, steps + k / kCodeRun * kPanelRows, sums);
-    if (w.bits == 2) narrow_gemm<2>(rows, part, a + k, lda, values + k * kPanelRows, steps + k / kCodeRun * kPanelRows, sums);
+    if (w.bits == 8) widened_gemm(rows, part, a + k, w.depth, b, sums);
+    if (w.bits == 4) narrow_gemm<4>(rows, part, a + k, w.depth, b, steps, steps_group, sums);
+    if (w.bits == 3) narrow_gemm<3>(rows, part, a + k, w.depth, b, steps, steps_group, sums);
+    if (w.bits == 2) narrow_gemm<2>(rows, part, a + k, w.depth, b, steps, steps_group, sums);
   }
 }
 
 #else
 
-constexpr int64_t kTileRows = 4;
 constexpr bool kTakesCodes = false;
+constexpr int64_t kTileRows = 4;
 
-inline void integer_tiles(const QuantWeights&, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, int64_t lda,
-                          const int8_t* values, Ahead, const int32_t* offsets, int32_t* sums) {
-  start_sums(rows, offsets, sums);
-  for (int64_t m = 0; m < rows; ++m, a += lda, sums += kPanelRows) {
-    const int8_t* b = values;
-    for (int64_t k = 0; k < columns; k += 4, b += 4 * kPanelRows)
-      for (int64_t n = 0; n < kPanelRows; ++n)
-        sums[n] += a[k] * b[n * 4] + a[k + 1] * b[n * 4 + 1] + a[k + 2] * b[n * 4 + 2] + a[k + 3] * b[n * 4 + 3];
-  }
+inline int64_t tile_rows(const QuantWeights&, int64_t left) { return equal_parts(left, kTileRows); }
+
+inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, PanelValues b, Ahead,
+                          const int32_t* starts, int32_t* sums) {
+  start_sums(rows, starts, sums);
+  for (int64_t m = 0; m < rows; ++m, a += w.depth, sums += kPanelRows)
+    for (int64_t k = 0; k < columns; k += 4)
+      for (int64_t n = 0; n < kPanelRows; ++n) {
+        const int8_t* four = b.values + n / kGroupRows * b.group + (k / 4 * kGroupRows + n % kGroupRows) * 4;
+        sums[n] += a[k] * four[0] + a[k + 1] * four[1] + a[k + 2] * four[2] + a[k + 3] * four[3];
+      }
 }
 
 #endif

@@ -7,13 +7,15 @@
 
 namespace kd::cpu {
 
-constexpr int64_t kPanelRows = 64;       // output features of a panel
+constexpr int64_t kGroupRows = 16;       // output features whose weights lie together: a vector of sums
+constexpr int64_t kPanelRows = 64;       // output features of a panel, which an item multiplies
+constexpr int64_t kPanelGroups = kPanelRows / kGroupRows;
 constexpr int64_t kDepthAlign = 64;      // columns are padded to it: a tile of AMX
 constexpr int64_t kQuantizedRows = 4;    // rows of activations that one item quantises
 constexpr int64_t kQuantChunk = 256;     // columns whose 8-bit weights, 16 KB a panel, stay in the first-level cache
 
-// Blocks of rows, one of which an item multiplies with a panel. A block's codes stay in the second-level cache while all panels pass, 512 KB;
-// but unpacking a panel costs as much as multiplying some eight rows with it, so low bits take no fewer than 240 rows.
+// Blocks of rows, one of which an item multiplies with a panel. A block's codes, 512 KB, stay in the second-level cache while all panels
+// pass; but unpacking a panel costs as much as multiplying some eight rows with it, so low bits take no fewer than 240 rows.
 static inline int64_t quant_row_blocks(const QuantLinear& op) {
   const int64_t least = op.weights.bits == 8 ? 48 : 240, fitting = (512 << 10) / op.weights.depth;
   const int64_t most = fitting > least ? fitting : least;
@@ -22,8 +24,11 @@ static inline int64_t quant_row_blocks(const QuantLinear& op) {
 
 static inline int64_t quant_row_block(const QuantLinear& op) {
   const int64_t blocks = quant_row_blocks(op), even = blocks > 0 ? (op.rows + blocks - 1) / blocks : 0;
-  return (even + 11) / 12 * 12;
+  return (even + 47) / 48 * 48;  // whole tiles of 6 and of 16 rows
 }
+
+// Bytes of the quantised activations: whole groups of 16 rows, a tile's.
+static inline int64_t quant_code_bytes(const QuantLinear& op) { return (op.rows + 15) / 16 * 16 * op.weights.depth; }
 
 // Neighbours share their rows and read neighbouring panels.
 static inline int64_t quant_linear_items(const QuantLinear& op) { return op.weights.panels * quant_row_blocks(op); }

@@ -182,14 +182,14 @@ int64_t quant_linear_scratch(const QuantLinear& op) {
 }
 
 // A tile's sums over all columns, scaled and added up over segments where there are several.
-inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, const int8_t* values, Ahead ahead, int32_t* sums,
-                         float* total) {
+inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, PanelValues values, const Ahead& ahead, int32_t* sums, float* total) {
   const QuantWeights& w = op.weights;
   for (int64_t segment = 0; segment < w.segments; ++segment) {
     const int64_t k = segment * w.segment, end = segment + 1 == w.segments ? w.depth : k + w.segment;
-    const int32_t* offsets = w.offsets + (segment * w.panels + tile.panel) * kPanelRows;
-    integer_tiles(w, tile.panel, k, tile.rows, end - k, op.a + tile.first * w.depth + k, w.depth, values + k * kPanelRows,
-                  {ahead.weights + k / 8 * ahead.weights_step, ahead.weights_step, ahead.a + k, ahead.out, ahead.out_row}, offsets, sums);
+    const int32_t* starts = w.starts + (segment * w.panels + tile.panel) * kPanelRows;
+    const Ahead next{ahead.weights + k / 8 * ahead.weights_step, ahead.weights_step, ahead.a + k, ahead.out, ahead.out_row};
+    integer_tiles(w, tile.panel, k, tile.rows, end - k, CodeRow(op, tile.first).at(k) + k % kCodeColumns,
+                  {values.values + k * kGroupRows, values.group}, next, starts, sums);
     if (w.segments == 1) return;
     const IntegerSums scaled(op, tile, segment, sums);
     for (int64_t m = 0; m < tile.rows; ++m)
@@ -205,16 +205,17 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
   const QuantBlock block = quant_block(op, item);
   int32_t* sums = reinterpret_cast<int32_t*>(scratch);
   float* total = scratch + kTileRows * kPanelRows;
-  const int8_t* values = panel_values<kTakesCodes>(w, block.panel, 0, w.depth, reinterpret_cast<int8_t*>(total + kTileRows * kPanelRows));
+  int8_t* unpacked = reinterpret_cast<int8_t*>(total + kTileRows * kPanelRows);
+  const PanelValues values = panel_values<kTakesCodes>(w, block.panel, 0, w.depth, unpacked);
   alignas(64) float bias[kPanelRows];
   panel_bias(op, block, bias);
-  int64_t tiles = (block.rows + kTileRows - 1) / kTileRows;
-  const int64_t bytes = op.x.dtype == DType::kF32 ? 4 : 2;
+  const int64_t bytes = op.x.dtype == DType::kF32 ? 4 : 2, tiles = (block.rows + kVnniRows - 1) / kVnniRows;
   Ahead ahead{w.codes + (block.panel + 1) * w.depth * kPanelRows * w.bits / 8, 8 * kPanelRows * w.bits / 8 / tiles,
-              op.a + block.first * w.depth, static_cast<char*>(op.out) + (block.first * w.rows + block.panel * kPanelRows) * bytes, w.rows * bytes};
+              op.a + block.first * w.depth, static_cast<char*>(op.out) + (block.first * w.rows + block.panel * kPanelRows) * bytes,
+              w.rows * bytes};
   QuantBlock tile = block;
-  for (int64_t left = block.rows; left > 0; left -= tile.rows, tile.first += tile.rows, --tiles) {
-    tile.rows = (left + tiles - 1) / tiles;  // 8 rows are 4 and 4: two rows have too few sums to keep the units busy
+  for (int64_t left = block.rows; left > 0; left -= tile.rows, tile.first += tile.rows) {
+    tile.rows = tile_rows(w, left);
     ahead.a += tile.rows * w.depth;
     segment_sums(op, tile, values, ahead, sums, total);
     if (plain(op, block)) finish_plain(op, tile, sums, bias);
@@ -229,14 +230,14 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
 constexpr int64_t kFloatChunk = 128;
 
 inline void panel_floats(const QuantWeights& w, int64_t panel, int64_t segment, int64_t first, int64_t columns, int8_t* bytes, float* out) {
-  const int8_t* values = panel_values<false>(w, panel, first, columns, bytes);
+  const PanelValues values = panel_values<false>(w, panel, first, columns, bytes);
   const int64_t at = (segment * w.panels + panel) * kPanelRows;
   for (int64_t k = 0; k < columns; ++k) {
     const int32_t column_zero = w.zeros ? w.column_zeros[first + k] : 0;
-    const int8_t* from = values + k / 4 * 4 * kPanelRows + k % 4;
+    const int8_t* from = values.values + k / 4 * 4 * kGroupRows + k % 4;
     for (int64_t n = 0; n < kPanelRows; ++n) {
       const int32_t zero = w.zeros ? w.zeros[at + n] * column_zero : 0;
-      out[k * kPanelRows + n] = static_cast<float>(from[n * 4] - zero) * w.scales[at + n];
+      out[k * kPanelRows + n] = static_cast<float>(from[n / kGroupRows * values.group + n % kGroupRows * 4] - zero) * w.scales[at + n];
     }
   }
 }

@@ -18,21 +18,41 @@ inline void store_codes(uint8_t* p, vf q) {
 #endif
 }
 
-// x * inverse to codes, n a multiple of W. A row's own scale keeps them within 127; kClip: one that is given does not.
+constexpr int64_t kCodeColumns = 64;  // whose codes lie together, whatever the layout
+
+// Whether tiles multiply these weights (quant_gemm_amx.inl); blocks of 32 columns with a scale each are half a tile.
+#if defined(__AMX_INT8__)
+inline bool tiled(const QuantWeights& w) { return w.segments == 1 || w.segment % kCodeColumns == 0; }
+#else
+inline bool tiled(const QuantWeights&) { return false; }
+#endif
+
+// A row's codes: those of columns [k, k + 64) from at(k) on.
+struct CodeRow {
+  uint8_t* codes;
+  int64_t step;
+
+  CodeRow(const QuantLinear& op, int64_t row) {
+    const int64_t depth = op.weights.depth, lane = row % 16;
+    codes = op.a + (tiled(op.weights) ? (row - lane) * depth + lane * kCodeColumns : row * depth);
+    step = tiled(op.weights) ? 16 * kCodeColumns : kCodeColumns;
+  }
+  uint8_t* at(int64_t k) const { return codes + k / kCodeColumns * step; }
+};
+
+// 64 of x * inverse to codes. A row's own scale keeps them within 127; kClip: one that is given does not.
 template <bool kClip>
-inline void store_row_codes(const float* x, int64_t n, float inverse, uint8_t* a) {
+inline void store_64_codes(const float* x, float inverse, uint8_t* a) {
   const vf times = set1(inverse), most = set1(127.0f);
   const auto code = [&](int64_t k) { return kClip ? vmax(-most, vmin(most, load(x + k) * times)) : load(x + k) * times; };
-  int64_t k = 0;
 #if defined(__AVX512F__)
   const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packing is done within 128 bits
   const auto two = [&](int64_t i) { return _mm512_packs_epi32(_mm512_cvtps_epi32(code(i)), _mm512_cvtps_epi32(code(i + W))); };
-  for (; k + 4 * W <= n; k += 4 * W) {
-    const __m512i bytes = _mm512_permutexvar_epi32(lanes, _mm512_packs_epi16(two(k), two(k + 2 * W)));
-    _mm512_storeu_si512(a + k, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
-  }
+  const __m512i bytes = _mm512_permutexvar_epi32(lanes, _mm512_packs_epi16(two(0), two(2 * W)));
+  _mm512_storeu_si512(a, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+#else
+  for (int64_t k = 0; k < kCodeColumns; k += W) store_codes(a + k, code(k));
 #endif
-  for (; k < n; k += W) store_codes(a + k, code(k));
 }
 
 // The bits of the largest magnitude: as integers they are ordered as the floats are, with NaN above Inf above all numbers.
@@ -70,37 +90,34 @@ inline void quantize_row(const QuantLinear& op, int64_t row, float* scratch) {
   constexpr int32_t kInfinity = 0x7f800000;
   const QuantWeights& w = op.weights;
   const float* x = activations(op, row, 0, w.columns, scratch);
-  uint8_t* a = op.a + row * w.depth;
+  const CodeRow codes(op, row);
   const int32_t bits = largest_bits(x, w.columns);
   float largest;
   __builtin_memcpy(&largest, &bits, 4);
   float scale = op.static_scale > 0 && bits < kInfinity ? op.static_scale : largest / 127.0f;
   if (scale < __FLT_MIN__) scale = __FLT_MIN__;
   op.a_scale[row] = scale;
-  int64_t k = 0;
-  if (bits == kInfinity) {
-    for (; k < w.columns; ++k) a[k] = static_cast<uint8_t>(128 + (__builtin_isinf(x[k]) ? (x[k] > 0 ? 127 : -127) : 0));
-  } else {
-    const float inverse = 1.0f / scale;
-    const bool clip = op.static_scale > 0;
-    const auto store_all = clip ? store_row_codes<true> : store_row_codes<false>;
-    const int64_t whole = w.columns / W * W;
-    store_all(x, whole, inverse, a);
-    k = w.columns;
-    if (whole < w.columns) {
-      alignas(64) float rest[W];
-      uint8_t last[W];
-      store(rest, load_n(x + whole, w.columns - whole, 0.0f));
-      store_all(rest, W, inverse, last);
-      for (int64_t i = whole; i < w.columns; ++i) a[i] = last[i - whole];
+  const float inverse = 1.0f / scale;
+  for (int64_t k = 0; k < w.depth; k += kCodeColumns) {
+    alignas(64) float rest[kCodeColumns] = {};
+    const float* from = x + k;
+    if (w.columns - k < kCodeColumns) {
+      for (int64_t i = k; i < w.columns; ++i) rest[i - k] = x[i];
+      from = rest;
     }
+    uint8_t* to = codes.at(k);
+    if (bits == kInfinity)
+      for (int64_t i = 0; i < kCodeColumns; ++i) to[i] = static_cast<uint8_t>(128 + (__builtin_isinf(from[i]) ? (from[i] > 0 ? 127 : -127) : 0));
+    else if (op.static_scale > 0)
+      store_64_codes<true>(from, inverse, to);
+    else
+      store_64_codes<false>(from, inverse, to);
   }
-  for (; k < w.depth; ++k) a[k] = 128;
   if (!op.a_sums) return;
   for (int64_t segment = 0; segment < w.segments; ++segment) {
     const int64_t end = segment + 1 == w.segments ? w.depth : (segment + 1) * w.segment;
     int32_t sum = 0;
-    for (int64_t i = segment * w.segment; i < end; ++i) sum += (a[i] - 128) * w.column_zeros[i];
+    for (int64_t k = segment * w.segment; k < end; ++k) sum += (codes.at(k)[k % kCodeColumns] - 128) * w.column_zeros[k];
     op.a_sums[row * w.segments + segment] = sum;
   }
 }

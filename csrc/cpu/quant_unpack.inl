@@ -1,6 +1,6 @@
 // Codes of 4, 3 and 2 bits to the int8 values that the products take: value = step * code - offset.
 //
-// Per 16 rows, 32 columns are 8 vectors of 16 rows x 4 columns, two, four or eight of which share a vector of memory, each in its own bits
+// In a group of 16 rows, 32 columns are 8 vectors of 16 rows x 4 columns, two, four or eight of which share a vector of memory, each in its own bits
 // of every byte: unpacking is a shift and an and. 3 bits are the vectors of 2 bits and one vector more of upper bits. Step times code fits
 // in a byte, so one 16-bit multiplication does two of them. GCC splits these 64-byte vectors on narrower ISAs, whose ABI
 // could not return them.
@@ -32,35 +32,44 @@ inline void read_codes(const uint8_t* packed, int j, words32& codes) {
   if (kBits == 3) codes |= (words[2] >> j & 0x0101) << 2;
 }
 
-// `columns`, a multiple of 32, of a panel: [k / 4][64 rows][4 columns] of values, or of codes.
+// `columns`, a multiple of 32, of a group: [k / 4][16 rows][4 columns] of values, or of codes.
 template <int kBits, bool kCodes>
 inline void unpack(const uint8_t* codes, const uint8_t* steps, int64_t columns, int8_t* values) {
-  for (int64_t k = 0; k < columns; k += kCodeRun, steps += kPanelRows)
-    for (int64_t rows = 0; rows < kPanelRows; rows += 16, codes += kBits * 64) {
-      Steps s;
-      if (!kCodes) read_steps<kBits>(steps + rows, s);
-      const bytes64 offset = kCodes ? bytes64{} : reinterpret_cast<bytes64>(s.offset | s.offset << 8);
+  for (int64_t k = 0; k < columns; k += kCodeRun, codes += kBits * 64, steps += kGroupRows, values += kCodeRun * kGroupRows) {
+    Steps s;
+    if (!kCodes) read_steps<kBits>(steps, s);
+    const bytes64 offset = kCodes ? bytes64{} : reinterpret_cast<bytes64>(s.offset | s.offset << 8);
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) {
-        words32 code;
-        read_codes<kBits>(codes, j, code);
-        // Step times code is at most 225: no carry into the other byte.
-        const bytes64 value = kCodes ? reinterpret_cast<bytes64>(code) : reinterpret_cast<bytes64>(code * s.step) - offset;
-        __builtin_memcpy(values + (k / 4 + j) * 4 * kPanelRows + rows * 4, &value, 64);
-      }
+    for (int j = 0; j < 8; ++j) {
+      words32 code;
+      read_codes<kBits>(codes, j, code);
+      // Step times code is at most 225: no carry into the other byte.
+      const bytes64 value = kCodes ? reinterpret_cast<bytes64>(code) : reinterpret_cast<bytes64>(code * s.step) - offset;
+      __builtin_memcpy(values + j * 64, &value, 64);
     }
+  }
 }
+
+// Values of a panel: group g's from values + g * group on.
+struct PanelValues {
+  const int8_t* values;
+  int64_t group;
+};
 
 // A part of a panel, `columns` from column `first` on: its values, or its codes if kCodes and they have less than 8 bits. 8 bits need no
 // unpacking.
 template <bool kCodes>
-inline const int8_t* panel_values(const QuantWeights& w, int64_t panel, int64_t first, int64_t columns, int8_t* scratch) {
-  if (w.bits == 8) return reinterpret_cast<const int8_t*>(w.codes) + (panel * w.depth + first) * kPanelRows;
-  const int64_t run = (panel * w.depth + first) / kCodeRun;
-  const uint8_t* codes = w.codes + run * 4 * w.bits * 64;
-  const uint8_t* steps = w.steps + run * kPanelRows;
-  if (w.bits == 4) unpack<4, kCodes>(codes, steps, columns, scratch);
-  if (w.bits == 3) unpack<3, kCodes>(codes, steps, columns, scratch);
-  if (w.bits == 2) unpack<2, kCodes>(codes, steps, columns, scratch);
-  return scratch;
+inline PanelValues panel_values(const QuantWeights& w, int64_t panel, int64_t first, int64_t columns, int8_t* scratch) {
+  if (w.bits == 8)
+    return {reinterpret_cast<const int8_t*>(w.codes) + panel * w.depth * kPanelRows + first * kGroupRows, w.depth * kGroupRows};
+  for (int64_t g = 0; g < kPanelGroups; ++g) {
+    const int64_t run = ((panel * kPanelGroups + g) * w.depth + first) / kCodeRun;
+    const uint8_t* codes = w.codes + run * w.bits * 64;
+    const uint8_t* steps = w.steps + run * kGroupRows;
+    int8_t* to = scratch + g * columns * kGroupRows;
+    if (w.bits == 4) unpack<4, kCodes>(codes, steps, columns, to);
+    if (w.bits == 3) unpack<3, kCodes>(codes, steps, columns, to);
+    if (w.bits == 2) unpack<2, kCodes>(codes, steps, columns, to);
+  }
+  return {scratch, columns * kGroupRows};
 }

@@ -172,7 +172,7 @@ class QuantLinearCall {
     cpu::quant_weights(weight_.get(), prepared, op_.weights);
     const QuantWeights& w = op_.weights;
     make_gelu_curve(activation == 3 ? half_tanh : half_erf, curve_);
-    codes_.reset(aligned<uint8_t>(op_.rows * w.depth));
+    codes_.reset(aligned<uint8_t>(cpu::quant_code_bytes(op_)));
     scales_.resize(op_.rows);
     sums_.resize(op_.rows * w.segments);
     out_ = py::array_t<float>({op_.rows, w.rows});

@@ -75,7 +75,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor>
               [&](int64_t item, float* scratch) { kernels.quant_linear_float(op, item, scratch); });
     return out;
   }
-  Tensor codes = new_tensor(x, {op.rows, w.depth}, ScalarType::Byte);
+  Tensor codes = new_tensor(x, {cpu::quant_code_bytes(op)}, ScalarType::Byte);
   Tensor scales = new_tensor(x, {op.rows}, ScalarType::Float);
   Tensor sums = new_tensor(x, {w.zeros ? op.rows * w.segments : 0}, ScalarType::Int);
   op.a = static_cast<uint8_t*>(codes.mutable_data_ptr());
