@@ -41,6 +41,7 @@ namespace {
 #include "quant_unpack.inl"
 #include "quant_gemm.inl"
 #include "quant_linear.inl"
+#include "varlen_attention.inl"
 #include "hidden_cosine.inl"
 #include "moment_mse.inl"
 #include "gram_mse.inl"
@@ -77,6 +78,8 @@ const Table table = {
     .quant_linear = quant_linear,
     .quant_linear_float_scratch = quant_linear_float_scratch,
     .quant_linear_float = quant_linear_float,
+    .varlen_attention_scratch = varlen_attention_scratch,
+    .varlen_attention = varlen_attention,
     .hidden_cosine_forward = hidden_cosine_forward,
     .hidden_cosine_backward = hidden_cosine_backward,
     .moment_forward = moment_forward,

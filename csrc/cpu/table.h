@@ -12,6 +12,7 @@
 #include "linear_kd_loss.h"
 #include "quant_linear.h"
 #include "topk_kd_loss.h"
+#include "varlen_attention.h"
 
 namespace kd::cpu {
 
@@ -67,6 +68,9 @@ struct Table {
   void (*quant_linear)(const QuantLinear&, int64_t item, float* scratch);
   int64_t (*quant_linear_float_scratch)(const QuantLinear&);
   void (*quant_linear_float)(const QuantLinear&, int64_t item, float* scratch);
+
+  int64_t (*varlen_attention_scratch)(const VarlenAttention&);
+  void (*varlen_attention)(const VarlenAttention&, int64_t item, float* scratch);
 
   // Items as without a projection.
   void (*hidden_cosine_forward)(const HiddenLayers&, int64_t item, float* scratch);

@@ -14,8 +14,8 @@ from . import (
     quant_linear,
     relation_kl,
     topk_kd_loss,
+    varlen_attention,
 )
-from . import varlen_attention as _varlen_attention  # noqa: F401  no family of its own: torch computes it
 
 FAMILIES = (
     "attention_kl",
@@ -31,6 +31,7 @@ FAMILIES = (
     "quant_linear",
     "relation_kl",
     "topk_kd_loss",
+    "varlen_attention",
 )
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "quant_linear",
     "relation_kl",
     "topk_kd_loss",
+    "varlen_attention",
 ]

@@ -1,12 +1,10 @@
-"""varlen_attention, for inference: one opaque op, so that compiled encoders are not cut where lengths are read."""
+"""varlen_attention, for inference: schema and fake. Lengths are read inside, so that compiled encoders are not cut."""
 
 import torch
 
-from .. import reference
 from ._common import LIBRARY, define
 
 define("varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int num_heads, float scale) -> Tensor")
-torch.library.impl("kdkernels::varlen_attention", "CompositeExplicitAutograd", reference.varlen_attention, lib=LIBRARY)
 
 
 @torch.library.register_fake("kdkernels::varlen_attention", lib=LIBRARY)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
+from .. import reference
 from . import architectures
 from .linear import linear
 from .modules import QuantLinear
@@ -135,7 +136,8 @@ def run_block(x: torch.Tensor, cumulative: torch.Tensor, block: architectures.Bl
     """One encoder block on packed tokens [T, D] -> [T, D]."""
     q, k, v = (linear(x, part.weight, part.bias) for part in (block.query, block.key, block.value))
     heads = config.num_attention_heads
-    context = torch.ops.kdkernels.varlen_attention(q, k, v, cumulative, heads, (q.shape[1] // heads) ** -0.5)
+    attention = reference.varlen_attention if x.dtype == torch.float64 else torch.ops.kdkernels.varlen_attention
+    context = attention(q, k, v, cumulative, heads, (q.shape[1] // heads) ** -0.5)
     a = block.attention_norm(linear(context, block.output.weight, block.output.bias, residual=x))
     inner = linear(a, block.up.weight, block.up.bias, activation=architectures.activation(config))
     return block.output_norm(linear(inner, block.down.weight, block.down.bias, residual=a))
