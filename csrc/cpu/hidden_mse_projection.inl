@@ -101,13 +101,16 @@ void projection_rows(const HiddenProjection& op, int64_t item, float* scratch) {
       for (int64_t t = 0; t < op.d_t; ++t) sums[t] += y[r * width_t + t];
   }
   pack_gradients(op, first, rows, y, width_t);
-  multiply_gradients(op, rows, y, width_t, op.packed_weight, s, width_s, own);
+  // Straight into the gradient where the rows are neighbours there and whole tiles.
+  const bool whole = rows > 0 && rows % kProjectionPad == 0 && op.d_s % 32 == 0 && op.real[first + rows - 1] - op.real[first] == rows - 1;
+  float* ds = whole ? op.grad_student + op.real[first] * op.d_s : s;
+  multiply_gradients(op, rows, y, width_t, op.packed_weight, ds, whole ? op.d_s : width_s, own);
   // An item writes the gradient from its first real token (item 0: from the first token) to the next item's.
   int64_t token = first == 0 ? 0 : op.real[first];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t real = op.real[first + r];
     zero(op.grad_student + token * op.d_s, (real - token) * op.d_s);
-    from_floats(s + r * width_s, op.d_s, op.grad_student, DType::kF32, real * op.d_s);
+    if (!whole) from_floats(s + r * width_s, op.d_s, op.grad_student, DType::kF32, real * op.d_s);
     token = real + 1;
   }
   const int64_t end = left > kProjectionBlock ? op.real[first + rows] : op.batch * op.tokens;
