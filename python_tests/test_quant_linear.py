@@ -72,7 +72,7 @@ def check_integers() -> None:
             generator = torch.Generator().manual_seed(columns)
             weight = torch.randn(70, columns, generator=generator)
             weight[0] = 1.0  # every code at its end
-            x = torch.randint(-127, 128, (9, columns), generator=generator).float()
+            x = torch.randint(-127, 128, (40, columns), generator=generator).float()
             x[:, 0] = 127.0  # so that scales are 1
             x[1:3] = torch.tensor([[127.0], [-127.0]])
             packed = pack(weight, scheme)

@@ -127,20 +127,24 @@ inline void finish_rows(const QuantLinear& op, const QuantBlock& block, const Su
     finish_row<kActivation>(op, block, m, sums, scales ? scales[block.first + m] : 1.0f, bias);
 }
 
-// The same where nothing is in the way: a whole panel of float32 with neither residual nor zeros.
-template <Activation kActivation>
-inline void finish_plain(const QuantLinear& op, const QuantBlock& block, const int32_t* sums, const float* panel_scales, const float* bias) {
-  float* out = static_cast<float*>(op.out) + block.first * op.weights.rows + block.panel * kPanelRows;
-  for (int64_t m = 0; m < block.rows; ++m, out += op.weights.rows, sums += kPanelRows) {
-    const vf times = set1(op.a_scale[block.first + m]);
+// The same where nothing is in the way: kColumns of float32, with neither residual nor zeros. `column`: the first, of the output.
+template <Activation kActivation, int64_t kColumns>
+inline void finish_plain_row(const QuantLinear& op, int64_t row, int64_t column, const int32_t* sums, const float* bias) {
+  float* out = static_cast<float*>(op.out) + row * op.weights.rows + column;
+  const vf times = set1(op.a_scale[row]);
 #pragma GCC unroll 4
-    for (int64_t n = 0; n < kPanelRows; n += W) {
-      vi32 sum;
-      __builtin_memcpy(&sum, sums + n, sizeof(sum));
-      const vf scaled = __builtin_convertvector(sum, vf) * load(panel_scales + n);
-      store(out + n, activate<kActivation>(fma(scaled, times, load(bias + n)), op.curve));
-    }
+  for (int64_t n = 0; n < kColumns; n += W) {
+    vi32 sum;
+    __builtin_memcpy(&sum, sums + n, sizeof(sum));
+    const vf scaled = __builtin_convertvector(sum, vf) * load(op.weights.scales + column + n);
+    store(out + n, activate<kActivation>(fma(scaled, times, load(bias + n)), op.curve));
   }
+}
+
+template <Activation kActivation>
+inline void finish_plain_rows(const QuantLinear& op, const QuantBlock& block, const int32_t* sums, const float* bias) {
+  for (int64_t m = 0; m < block.rows; ++m)
+    finish_plain_row<kActivation, kPanelRows>(op, block.first + m, block.panel * kPanelRows, sums + m * kPanelRows, bias);
 }
 
 // `bias`: of panel_bias.
@@ -159,12 +163,11 @@ inline bool plain(const QuantLinear& op, const QuantBlock& block) {
 }
 
 inline void finish_plain(const QuantLinear& op, const QuantBlock& block, const int32_t* sums, const float* bias) {
-  const float* scales = op.weights.scales + block.panel * kPanelRows;
   switch (op.activation) {
-    case Activation::kNone: return finish_plain<Activation::kNone>(op, block, sums, scales, bias);
-    case Activation::kRelu: return finish_plain<Activation::kRelu>(op, block, sums, scales, bias);
-    case Activation::kTanh: return finish_plain<Activation::kTanh>(op, block, sums, scales, bias);
-    default: return finish_plain<Activation::kGelu>(op, block, sums, scales, bias);
+    case Activation::kNone: return finish_plain_rows<Activation::kNone>(op, block, sums, bias);
+    case Activation::kRelu: return finish_plain_rows<Activation::kRelu>(op, block, sums, bias);
+    case Activation::kTanh: return finish_plain_rows<Activation::kTanh>(op, block, sums, bias);
+    default: return finish_plain_rows<Activation::kGelu>(op, block, sums, bias);
   }
 }
 
@@ -182,7 +185,8 @@ int64_t quant_linear_scratch(const QuantLinear& op) {
 }
 
 // A tile's sums over all columns, scaled and added up over segments where there are several.
-inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, PanelValues values, const Ahead& ahead, int32_t* sums, float* total) {
+inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, PanelValues values, const Ahead& ahead, int32_t* sums,
+                         float* total) {
   const QuantWeights& w = op.weights;
   for (int64_t segment = 0; segment < w.segments; ++segment) {
     const int64_t k = segment * w.segment, end = segment + 1 == w.segments ? w.depth : k + w.segment;
@@ -200,6 +204,55 @@ inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, PanelVal
   }
 }
 
+#if defined(__AMX_INT8__)
+
+// A block on tiles, half a panel of 32 rows at a time, the epilogue of each beside the products of the next. `sums`: of two halves.
+template <Activation kActivation>
+inline void tiled_block(const QuantLinear& op, const QuantBlock& block, PanelValues values, const float* bias, int32_t* sums) {
+  constexpr int64_t kHalf = kPanelRows / 2;
+  const int64_t depth = op.weights.depth;
+  struct Half {
+    int64_t row, rows, n;
+    const int32_t* sums;
+  } last{};
+  const auto finish_row = [&] {
+    finish_plain_row<kActivation, kHalf>(op, last.row++, block.panel * kPanelRows + last.n, last.sums, bias + last.n);
+    last.sums += kHalf;
+    --last.rows;
+  };
+  const TileScope scope;
+  for (int64_t m = 0; m < block.rows; m += kTileRows)
+    for (int64_t n = 0; n < kPanelRows; n += kHalf) {
+      const int64_t row = block.first + m, left = block.rows - m, share = last.rows;
+      const uint8_t* a = op.a + row * depth;
+      int64_t due = 0;
+      const auto beside = [&] {
+        for (due += share * kCodeColumns; due >= depth; due -= depth) {
+          const char* line = static_cast<const char*>(op.out) + ((row + share - last.rows) * op.weights.rows + block.panel * kPanelRows + n) * 4;
+          __builtin_prefetch(line, 1);
+          __builtin_prefetch(line + 64, 1);
+          finish_row();
+        }
+      };
+      four_tiles(depth, a, left > 16 ? 16 * depth : 0, {values.values + n / kGroupRows * values.group, values.group},
+                 op.weights.starts + block.panel * kPanelRows + n, sums, kHalf, beside);
+      last = {row, left < kTileRows ? left : kTileRows, n, sums};
+      sums += n == 0 ? kTileRows * kHalf : -kTileRows * kHalf;
+    }
+  while (last.rows > 0) finish_row();
+}
+
+inline void tiled_block(const QuantLinear& op, const QuantBlock& block, PanelValues values, const float* bias, int32_t* sums) {
+  switch (op.activation) {
+    case Activation::kNone: return tiled_block<Activation::kNone>(op, block, values, bias, sums);
+    case Activation::kRelu: return tiled_block<Activation::kRelu>(op, block, values, bias, sums);
+    case Activation::kTanh: return tiled_block<Activation::kTanh>(op, block, values, bias, sums);
+    default: return tiled_block<Activation::kGelu>(op, block, values, bias, sums);
+  }
+}
+
+#endif
+
 void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
   const QuantWeights& w = op.weights;
   const QuantBlock block = quant_block(op, item);
@@ -209,6 +262,9 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
   const PanelValues values = panel_values<kTakesCodes>(w, block.panel, 0, w.depth, unpacked);
   alignas(64) float bias[kPanelRows];
   panel_bias(op, block, bias);
+#if defined(__AMX_INT8__)
+  if (tiled(w) && plain(op, block) && block.rows > 16) return tiled_block(op, block, values, bias, sums);
+#endif
   const int64_t bytes = op.x.dtype == DType::kF32 ? 4 : 2, tiles = (block.rows + kVnniRows - 1) / kVnniRows;
   Ahead ahead{w.codes + (block.panel + 1) * w.depth * kPanelRows * w.bits / 8, 8 * kPanelRows * w.bits / 8 / tiles,
               op.a + block.first * w.depth, static_cast<char*>(op.out) + (block.first * w.rows + block.panel * kPanelRows) * bytes,

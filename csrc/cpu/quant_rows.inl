@@ -107,7 +107,8 @@ inline void quantize_row(const QuantLinear& op, int64_t row, float* scratch) {
     }
     uint8_t* to = codes.at(k);
     if (bits == kInfinity)
-      for (int64_t i = 0; i < kCodeColumns; ++i) to[i] = static_cast<uint8_t>(128 + (__builtin_isinf(from[i]) ? (from[i] > 0 ? 127 : -127) : 0));
+      for (int64_t i = 0; i < kCodeColumns; ++i)
+        to[i] = static_cast<uint8_t>(128 + (__builtin_isinf(from[i]) ? (from[i] > 0 ? 127 : -127) : 0));
     else if (op.static_scale > 0)
       store_64_codes<true>(from, inverse, to);
     else

@@ -1,8 +1,8 @@
 // Codes of 4, 3 and 2 bits to the int8 values that the products take: value = step * code - offset.
 //
-// In a group of 16 rows, 32 columns are 8 vectors of 16 rows x 4 columns, two, four or eight of which share a vector of memory, each in its own bits
-// of every byte: unpacking is a shift and an and. 3 bits are the vectors of 2 bits and one vector more of upper bits. Step times code fits
-// in a byte, so one 16-bit multiplication does two of them. GCC splits these 64-byte vectors on narrower ISAs, whose ABI
+// In a group of 16 rows, 32 columns are 8 vectors of 16 rows x 4 columns, two, four or eight of which share a vector of memory, each in
+// its own bits of every byte: unpacking is a shift and an and. 3 bits are the vectors of 2 bits and one vector more of upper bits. Step
+// times code fits in a byte, so one 16-bit multiplication does two of them. GCC splits these 64-byte vectors on narrower ISAs, whose ABI
 // could not return them.
 
 typedef uint8_t bytes64 __attribute__((vector_size(64), may_alias));
