@@ -22,8 +22,9 @@ $(INSTALLED): requirements-dev.txt pyproject.toml
 build: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
+# A file of tests stays on one process: what it builds, trains or interprets is made once.
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 demo: build
 	$(BIN)/kdkernels demo
