@@ -1,12 +1,13 @@
 // Integer products, exact on every ISA: sums[rows][64] = starts + a[rows, columns] values[columns, 64] with a of unsigned bytes, values of
-// int8 in four groups of [columns / 4][16][4] and sums of int32. Columns: a multiple of 32; rows: at most tile_rows().
+// int8 in four groups of [columns / 4][16][4] and sums of int32. Columns: a multiple of 32; rows: at most tile_rows(). Each row has its own
+// `starts`, `start_row` apart, or all have the same where that is 0; they may be the sums.
 //
 // AVX-512: vpdpbusd adds four products to an int32. A tile of 6 x 64 has 24 sums in registers over all columns, 4 loads and 6 broadcasts a
 // step; values come from the second-level cache, 21 bytes a cycle. Sums that left the registers every 256 columns cost a tenth.
 // AMX: see quant_gemm_amx.inl.
 // AVX2: vpmaddubsw adds two products in int16, where 8-bit values would saturate: those are widened to int16 for vpmaddwd. Codes of 4 bits
-// and less fit: 2 * 255 * 15 is below 2^15 / 4, so four such sums add up in int16 (eight below 4 bits); then vpmaddwd by the step widens
-// and scales them at once. The offset of 32 columns takes one vpmaddwd with the sum of their activations.
+// and less fit: 32 columns are eight such sums of at most 2 * 255 * 15, together below 2^16, so they add up in int16 from -2^15 on (below
+// 4 bits from 0); then vpmaddwd by the step widens and scales them at once. The offset takes one vpmaddwd with the sum of the activations.
 
 // What comes next, asked for beside the products, a little with every 32 columns: AVX-512 alone is fast enough to wait for memory.
 struct Ahead {
@@ -25,8 +26,9 @@ inline int64_t equal_parts(int64_t left, int64_t most) {
   return (left + tiles - 1) / tiles;
 }
 
-inline void start_sums(int64_t rows, const int32_t* starts, int32_t* sums) {
-  for (int64_t m = 0; m < rows; ++m) __builtin_memcpy(sums + m * kPanelRows, starts, kPanelRows * sizeof(int32_t));
+inline void start_sums(int64_t rows, const int32_t* starts, int64_t start_row, int32_t* sums) {
+  for (int64_t m = 0; m < rows && starts != sums; ++m)
+    __builtin_memcpy(sums + m * kPanelRows, starts + m * start_row, kPanelRows * sizeof(int32_t));
 }
 
 #if defined(__AVX512F__)
@@ -34,14 +36,13 @@ inline void start_sums(int64_t rows, const int32_t* starts, int32_t* sums) {
 inline void dot4(vi& sum, vi a, vi b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 
 template <int kMr>
-inline void vnni_tile(int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, Ahead ahead, const int32_t* starts, int32_t* sums) {
+inline void vnni_tile(int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, Ahead ahead, const int32_t* starts, int64_t start_row,
+                      int32_t* sums) {
   vi sum[kMr][4];
-#pragma GCC unroll 4
-  for (int n = 0; n < 4; ++n) {
-    const vi start = _mm512_loadu_si512(starts + n * 16);
 #pragma GCC unroll 6
-    for (int m = 0; m < kMr; ++m) sum[m][n] = start;
-  }
+  for (int m = 0; m < kMr; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) sum[m][n] = _mm512_loadu_si512(starts + m * start_row + n * 16);
   for (int64_t k = 0; k < columns; k += 32, a += 32, ahead.a += 32, b.values += 512) {
     if (k < 128 * kMr) __builtin_prefetch(ahead.out + k / 128 * ahead.out_row + k % 128 * 2, 1);
 #pragma GCC unroll 8
@@ -69,14 +70,14 @@ inline void vnni_tile(int64_t columns, const uint8_t* a, int64_t lda, PanelValue
 }
 
 inline void vnni_tiles(int64_t rows, int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, Ahead ahead, const int32_t* starts,
-                       int32_t* sums) {
+                       int64_t start_row, int32_t* sums) {
   switch (rows) {
-    case 1: return vnni_tile<1>(columns, a, lda, b, ahead, starts, sums);
-    case 2: return vnni_tile<2>(columns, a, lda, b, ahead, starts, sums);
-    case 3: return vnni_tile<3>(columns, a, lda, b, ahead, starts, sums);
-    case 4: return vnni_tile<4>(columns, a, lda, b, ahead, starts, sums);
-    case 5: return vnni_tile<5>(columns, a, lda, b, ahead, starts, sums);
-    default: return vnni_tile<6>(columns, a, lda, b, ahead, starts, sums);
+    case 1: return vnni_tile<1>(columns, a, lda, b, ahead, starts, start_row, sums);
+    case 2: return vnni_tile<2>(columns, a, lda, b, ahead, starts, start_row, sums);
+    case 3: return vnni_tile<3>(columns, a, lda, b, ahead, starts, start_row, sums);
+    case 4: return vnni_tile<4>(columns, a, lda, b, ahead, starts, start_row, sums);
+    case 5: return vnni_tile<5>(columns, a, lda, b, ahead, starts, start_row, sums);
+    default: return vnni_tile<6>(columns, a, lda, b, ahead, starts, start_row, sums);
   }
 }
 
@@ -94,8 +95,8 @@ constexpr int64_t kTileRows = kVnniRows;
 inline int64_t tile_rows(const QuantWeights&, int64_t left) { return equal_parts(left, kVnniRows); }
 
 inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, PanelValues b,
-                          Ahead ahead, const int32_t* starts, int32_t* sums) {
-  vnni_tiles(rows, columns, a, w.depth, b, ahead, starts, sums);
+                          Ahead ahead, const int32_t* starts, int64_t start_row, int32_t* sums) {
+  vnni_tiles(rows, columns, a, w.depth, b, ahead, starts, start_row, sums);
 }
 
 #elif defined(__AVX2__)
@@ -144,47 +145,43 @@ inline void widened_rows(int64_t columns, const uint8_t* a, int64_t lda, PanelVa
 // A byte for each of 8 output features, in both halves of their 32 bits.
 inline vi spread_bytes(vi bytes) { return _mm256_or_si256(bytes, _mm256_slli_epi32(bytes, 16)); }
 
-// Below 8 bits: 16 output features in two vectors; kSteps steps of 4 columns add up in int16. `sums_of_a`: of each row's 32 columns.
+// Below 8 bits: a group of output features in two vectors. `sums_of_a`: of each row's 32 columns.
 template <int kMr, int kBits>
 inline void narrow_tile(int64_t columns, const uint8_t* a, int64_t lda, const int32_t* sums_of_a, const int8_t* codes, const uint8_t* steps,
                         int32_t* sums) {
-  constexpr int kSteps = kBits == 4 ? 4 : 8;
+  const vi start = _mm256_set1_epi16(kBits == 4 ? -32768 : 0);
   for (int64_t run = 0; run * kCodeRun < columns; ++run, steps += kGroupRows) {
-    vi step[2], offset[2];
+    vi step[2], offset[2], lift[2], sum[kMr][2];
     for (int n = 0; n < 2; ++n) {
       const vi both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(steps + n * 8)));
       const vi one = _mm256_and_si256(both, _mm256_set1_epi32((1 << (8 - kBits)) - 1));
       const vi zero = _mm256_add_epi32(_mm256_srli_epi32(both, 8 - kBits), _mm256_set1_epi32(1 << (kBits - 1)));
       step[n] = spread_bytes(one);
       offset[n] = _mm256_srli_epi32(_mm256_madd_epi16(one, zero), 1);
+      lift[n] = kBits == 4 ? _mm256_slli_epi32(one, 16) : _mm256_setzero_si256();  // what `start` takes off, in both words
     }
-    for (int64_t half = 0; half < kCodeRun; half += 4 * kSteps) {
-      vi sum[kMr][2];
 #pragma GCC unroll 4
-      for (int m = 0; m < kMr; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
-      for (int64_t k = run * kCodeRun + half, end = k + 4 * kSteps; k < end; k += 4, codes += 4 * kGroupRows) {
-        const vi b0 = _mm256_loadu_si256(reinterpret_cast<const vi*>(codes));
-        const vi b1 = _mm256_loadu_si256(reinterpret_cast<const vi*>(codes + 32));
+    for (int m = 0; m < kMr; ++m) sum[m][0] = sum[m][1] = start;
+    for (int64_t k = run * kCodeRun, end = k + kCodeRun; k < end; k += 4, codes += 4 * kGroupRows) {
+      const vi b0 = _mm256_loadu_si256(reinterpret_cast<const vi*>(codes));
+      const vi b1 = _mm256_loadu_si256(reinterpret_cast<const vi*>(codes + 32));
 #pragma GCC unroll 4
-        for (int m = 0; m < kMr; ++m) {
-          int32_t four;
-          __builtin_memcpy(&four, a + m * lda + k, 4);
-          const vi row = _mm256_set1_epi32(four);
-          add16(sum[m][0], _mm256_maddubs_epi16(row, b0));
-          add16(sum[m][1], _mm256_maddubs_epi16(row, b1));
-        }
+      for (int m = 0; m < kMr; ++m) {
+        int32_t four;
+        __builtin_memcpy(&four, a + m * lda + k, 4);
+        const vi row = _mm256_set1_epi32(four);
+        add16(sum[m][0], _mm256_maddubs_epi16(row, b0));
+        add16(sum[m][1], _mm256_maddubs_epi16(row, b1));
       }
+    }
 #pragma GCC unroll 4
-      for (int m = 0; m < kMr; ++m)
-        for (int n = 0; n < 2; ++n) {
-          vi* out = reinterpret_cast<vi*>(sums + m * kPanelRows + n * 8);
-          vi more = _mm256_madd_epi16(sum[m][n], step[n]);
-          if (half == 0) {
-            const vi of_a = _mm256_set1_epi32(sums_of_a[m * (kQuantChunk / kCodeRun) + run]);
-            more = _mm256_sub_epi32(more, _mm256_madd_epi16(offset[n], of_a));
-          }
-          *out = _mm256_add_epi32(*out, more);
-        }
+    for (int m = 0; m < kMr; ++m) {
+      const vi of_a = _mm256_set1_epi32(sums_of_a[m * (kQuantChunk / kCodeRun) + run]);
+      for (int n = 0; n < 2; ++n) {
+        vi* out = reinterpret_cast<vi*>(sums + m * kPanelRows + n * 8);
+        const vi less = _mm256_sub_epi32(_mm256_madd_epi16(offset[n], of_a), lift[n]);
+        *out = _mm256_add_epi32(*out, _mm256_sub_epi32(_mm256_madd_epi16(sum[m][n], step[n]), less));
+      }
     }
   }
 }
@@ -232,8 +229,8 @@ constexpr int64_t kTileRows = 6;
 inline int64_t tile_rows(const QuantWeights& w, int64_t left) { return equal_parts(left, w.bits == 8 ? 6 : 4); }
 
 inline void integer_tiles(const QuantWeights& w, int64_t panel, int64_t first, int64_t rows, int64_t columns, const uint8_t* a,
-                          PanelValues b, Ahead, const int32_t* starts, int32_t* sums) {
-  start_sums(rows, starts, sums);
+                          PanelValues b, Ahead, const int32_t* starts, int64_t start_row, int32_t* sums) {
+  start_sums(rows, starts, start_row, sums);
   const int64_t steps_group = w.depth / kCodeRun * kGroupRows;
   const uint8_t* steps = w.steps + panel * kPanelGroups * steps_group + first / kCodeRun * kGroupRows;
   for (int64_t k = 0; k < columns; k += kQuantChunk, b.values += kQuantChunk * kGroupRows, steps += kQuantChunk / kCodeRun * kGroupRows) {
@@ -253,14 +250,37 @@ constexpr int64_t kTileRows = 4;
 inline int64_t tile_rows(const QuantWeights&, int64_t left) { return equal_parts(left, kTileRows); }
 
 inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, PanelValues b, Ahead,
-                          const int32_t* starts, int32_t* sums) {
-  start_sums(rows, starts, sums);
+                          const int32_t* starts, int64_t start_row, int32_t* sums) {
+  start_sums(rows, starts, start_row, sums);
   for (int64_t m = 0; m < rows; ++m, a += w.depth, sums += kPanelRows)
     for (int64_t k = 0; k < columns; k += 4)
       for (int64_t n = 0; n < kPanelRows; ++n) {
         const int8_t* four = b.values + n / kGroupRows * b.group + (k / 4 * kGroupRows + n % kGroupRows) * 4;
         sums[n] += a[k] * four[0] + a[k + 1] * four[1] + a[k + 2] * four[2] + a[k + 3] * four[3];
       }
+}
+
+#endif
+
+#if !defined(__AMX_INT8__)
+
+constexpr int64_t kFewRows = 24;
+
+// A block of at most kFewRows rows times low bits: kQuantChunk columns at a time are unpacked to `values` and multiplied with all rows, so
+// that they don't leave the first-level cache.
+inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, int8_t* values, int32_t* sums) {
+  const QuantWeights& w = op.weights;
+  const Ahead nothing{w.codes, 0, op.a, static_cast<char*>(op.out), 0};
+  for (int64_t k = 0; k < w.depth; k += kQuantChunk) {
+    const int64_t columns = w.depth - k < kQuantChunk ? w.depth - k : kQuantChunk;
+    const PanelValues part = panel_values<kTakesCodes>(w, panel, k, columns, values);
+    for (int64_t m = 0, next; m < rows; m = next) {
+      next = m + tile_rows(w, rows - m);
+      int32_t* sum = sums + m * kPanelRows;
+      const int32_t* starts = k == 0 ? w.starts + panel * kPanelRows : sum;
+      integer_tiles(w, panel, k, next - m, columns, op.a + (first + m) * w.depth + k, part, nothing, starts, k == 0 ? 0 : kPanelRows, sum);
+    }
+  }
 }
 
 #endif

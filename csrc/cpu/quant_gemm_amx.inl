@@ -12,22 +12,27 @@ inline int64_t tile_rows(const QuantWeights& w, int64_t left) {
   return tiled(w) ? (left < kTileRows ? left : kTileRows) : equal_parts(left, kVnniRows);
 }
 
-inline void sixteen_rows(int64_t columns, const uint8_t* a, PanelValues b, const int32_t* starts, int32_t* sums) {
+// `part`(k): the values of columns [k, k + 64), asked for while the 64 before are multiplied.
+template <typename F>
+inline void sixteen_rows(int64_t columns, const uint8_t* a, const F& part, const int32_t* starts, int32_t* sums) {
   _tile_loadd(0, starts, 0);
   _tile_loadd(1, starts + 16, 0);
   _tile_loadd(2, starts + 32, 0);
   _tile_loadd(3, starts + 48, 0);
-  for (int64_t k = 0; k < columns * 16; k += 1024) {
-    const int8_t* values = b.values + k;
-    _tile_loadd(4, a + k, 64);
-    _tile_loadd(5, values, 64);
-    _tile_loadd(6, values + b.group, 64);
+  PanelValues b = part(0);
+  for (int64_t k = 0; k < columns; k += 64) {
+    const PanelValues next = k + 64 < columns ? part(k + 64) : b;
+    asm volatile("" ::: "memory");  // _tile_loadd does not tell the compiler that it reads what was unpacked
+    _tile_loadd(4, a + k * 16, 64);
+    _tile_loadd(5, b.values, 64);
+    _tile_loadd(6, b.values + b.group, 64);
     _tile_dpbusd(0, 4, 5);
-    _tile_loadd(7, values + 2 * b.group, 64);
+    _tile_loadd(7, b.values + 2 * b.group, 64);
     _tile_dpbusd(1, 4, 6);
-    _tile_loadd(5, values + 3 * b.group, 64);
+    _tile_loadd(5, b.values + 3 * b.group, 64);
     _tile_dpbusd(2, 4, 7);
     _tile_dpbusd(3, 4, 5);
+    b = next;
   }
   _tile_stored(0, sums, kPanelRows * 4);
   _tile_stored(1, sums + 16, kPanelRows * 4);
@@ -62,11 +67,24 @@ inline void four_tiles(int64_t columns, const uint8_t* a, int64_t next, PanelVal
 }
 
 inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows, int64_t columns, const uint8_t* a, PanelValues b,
-                          Ahead ahead, const int32_t* starts, int32_t* sums) {
-  if (!tiled(w)) return vnni_tiles(rows, columns, a, w.depth, b, ahead, starts, sums);
+                          Ahead ahead, const int32_t* starts, int64_t start_row, int32_t* sums) {
+  if (!tiled(w)) return vnni_tiles(rows, columns, a, w.depth, b, ahead, starts, start_row, sums);
   const TileScope scope;
-  if (rows <= 16) return sixteen_rows(columns, a, b, starts, sums);
+  const auto part = [&](int64_t k) { return PanelValues{b.values + k * kGroupRows, b.group}; };
+  if (rows <= 16) return sixteen_rows(columns, a, part, starts, sums);
   const auto nothing = [] {};
   four_tiles(columns, a, 16 * w.depth, b, starts, sums, kPanelRows, nothing);
   four_tiles(columns, a, 16 * w.depth, {b.values + 2 * b.group, b.group}, starts + 32, sums + 32, kPanelRows, nothing);
+}
+
+constexpr int64_t kFewRows = 16;
+
+// A block of at most kFewRows rows times low bits: 64 columns of a panel, 4 KB, are unpacked while tiles multiply the 64 before.
+inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t, int8_t* values, int32_t* sums) {
+  const QuantWeights& w = op.weights;
+  const auto part = [&](int64_t k) {
+    return panel_values<false>(w, panel, k, kCodeColumns, values + k / kCodeColumns % 2 * kCodeColumns * kPanelRows);
+  };
+  const TileScope scope;
+  sixteen_rows(w.depth, op.a + first * w.depth, part, w.starts + panel * kPanelRows, sums);
 }

@@ -179,9 +179,17 @@ inline void panel_bias(const QuantLinear& op, const QuantBlock& block, float* bi
   if (given != bias) __builtin_memcpy(bias, given, block.columns * sizeof(float));
 }
 
+constexpr int64_t kMostRows = kTileRows > kFewRows ? kTileRows : kFewRows;
+
 // Floats of scratch: a tile's sums, their total over segments, and an unpacked panel.
 int64_t quant_linear_scratch(const QuantLinear& op) {
-  return 2 * kTileRows * kPanelRows + (op.weights.bits < 8 ? op.weights.depth * kPanelRows / 4 : 0);
+  return 2 * kMostRows * kPanelRows + (op.weights.bits < 8 ? op.weights.depth * kPanelRows / 4 : 0);
+}
+
+// Of one segment.
+inline void finish_sums(const QuantLinear& op, const QuantBlock& tile, const int32_t* sums, const float* bias) {
+  if (plain(op, tile)) return finish_plain(op, tile, sums, bias);
+  finish(op, tile, IntegerSums(op, tile, 0, sums), op.a_scale, bias);
 }
 
 // A tile's sums over all columns, scaled and added up over segments where there are several.
@@ -193,7 +201,7 @@ inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, PanelVal
     const int32_t* starts = w.starts + (segment * w.panels + tile.panel) * kPanelRows;
     const Ahead next{ahead.weights + k / 8 * ahead.weights_step, ahead.weights_step, ahead.a + k, ahead.out, ahead.out_row};
     integer_tiles(w, tile.panel, k, tile.rows, end - k, CodeRow(op, tile.first).at(k) + k % kCodeColumns,
-                  {values.values + k * kGroupRows, values.group}, next, starts, sums);
+                  {values.values + k * kGroupRows, values.group}, next, starts, 0, sums);
     if (w.segments == 1) return;
     const IntegerSums scaled(op, tile, segment, sums);
     for (int64_t m = 0; m < tile.rows; ++m)
@@ -228,9 +236,9 @@ inline void tiled_block(const QuantLinear& op, const QuantBlock& block, PanelVal
       int64_t due = 0;
       const auto beside = [&] {
         for (due += share * kCodeColumns; due >= depth; due -= depth) {
-          const char* line = static_cast<const char*>(op.out) + ((row + share - last.rows) * op.weights.rows + block.panel * kPanelRows + n) * 4;
-          __builtin_prefetch(line, 1);
-          __builtin_prefetch(line + 64, 1);
+          const float* own = static_cast<const float*>(op.out) + (row + share - last.rows) * op.weights.rows + block.panel * kPanelRows + n;
+          __builtin_prefetch(own, 1);
+          __builtin_prefetch(own + 16, 1);
           finish_row();
         }
       };
@@ -257,11 +265,15 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
   const QuantWeights& w = op.weights;
   const QuantBlock block = quant_block(op, item);
   int32_t* sums = reinterpret_cast<int32_t*>(scratch);
-  float* total = scratch + kTileRows * kPanelRows;
-  int8_t* unpacked = reinterpret_cast<int8_t*>(total + kTileRows * kPanelRows);
-  const PanelValues values = panel_values<kTakesCodes>(w, block.panel, 0, w.depth, unpacked);
+  float* total = scratch + kMostRows * kPanelRows;
+  int8_t* unpacked = reinterpret_cast<int8_t*>(total + kMostRows * kPanelRows);
   alignas(64) float bias[kPanelRows];
   panel_bias(op, block, bias);
+  if (w.bits < 8 && block.rows <= kFewRows) {
+    few_rows(op, block.panel, block.first, block.rows, unpacked, sums);
+    return finish_sums(op, block, sums, bias);
+  }
+  const PanelValues values = panel_values<kTakesCodes>(w, block.panel, 0, w.depth, unpacked);
 #if defined(__AMX_INT8__)
   if (tiled(w) && plain(op, block) && block.rows > 16) return tiled_block(op, block, values, bias, sums);
 #endif
@@ -274,8 +286,7 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
     tile.rows = tile_rows(w, left);
     ahead.a += tile.rows * w.depth;
     segment_sums(op, tile, values, ahead, sums, total);
-    if (plain(op, block)) finish_plain(op, tile, sums, bias);
-    else if (w.segments == 1) finish(op, tile, IntegerSums(op, tile, 0, sums), op.a_scale, bias);
+    if (w.segments == 1) finish_sums(op, tile, sums, bias);
     else finish(op, tile, FloatSums{total}, op.a_scale, bias);
     ahead.weights += w.depth / 8 * ahead.weights_step;
     ahead.out += tile.rows * ahead.out_row;

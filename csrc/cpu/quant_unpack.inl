@@ -17,7 +17,11 @@ struct Steps {
 
 template <int kBits>
 inline void read_steps(const uint8_t* packed, Steps& steps) {
+#if defined(__AVX512F__)  // GCC 12 widens byte by byte
+  const dwords16 both = reinterpret_cast<dwords16>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed))));
+#else
   const dwords16 both = __builtin_convertvector(*reinterpret_cast<const bytes16*>(packed), dwords16);
+#endif
   const dwords16 step = both & ((1u << (8 - kBits)) - 1), zero = (both >> (8 - kBits)) + (1u << (kBits - 1));
   steps.step = reinterpret_cast<words32>(step | step << 16);
   steps.offset = steps.step * reinterpret_cast<words32>(zero | zero << 16) >> 1;
@@ -29,7 +33,7 @@ inline void read_codes(const uint8_t* packed, int j, words32& codes) {
   const words32* words = reinterpret_cast<const words32*>(packed);
   if (kBits == 4) codes = words[j % 4] >> (j / 4 * 4) & 0x0f0f;
   if (kBits < 4) codes = words[j % 2] >> (j / 2 * 2) & 0x0303;
-  if (kBits == 3) codes |= (words[2] >> j & 0x0101) << 2;
+  if (kBits == 3) codes |= (j < 2 ? words[2] << ((2 - j) & 3) : words[2] >> ((j - 2) & 7)) & 0x0404;
 }
 
 // `columns`, a multiple of 32, of a group: [k / 4][16 rows][4 columns] of values, or of codes.
