@@ -9,13 +9,14 @@ lanes there, [weights of a block, blocks], since sums and factors along short ro
 import torch
 import torch.nn.functional as F
 
+from .grid import bounds, grid
 from .packed import MAX_COLUMNS, PackedWeight, Parts, num_scales, pack_blob, spread
 from .scheme import Scheme, as_scheme
 
 # How much of the full range is given up at most, and in how many steps. Rounding error falls with the range's square.
 _NARROWEST = {8: 0.15, 4: 0.4, 3: 0.45, 2: 0.5}
 _TRIALS = 16
-_CHUNK = 1 << 16  # weights whose trials stay in cache
+_CHUNK = 1 << 17  # weights whose trials stay in the L2 cache
 
 
 def pack(weight: torch.Tensor, scheme: Scheme | str = "int8", *, importance=None) -> PackedWeight:
@@ -31,6 +32,12 @@ def pack(weight: torch.Tensor, scheme: Scheme | str = "int8", *, importance=None
     Raises: TypeError or ValueError naming the argument.
     """
     scheme = as_scheme(scheme)
+    return encode(weight, scheme, *find_ranges(weight, scheme, importance))
+
+
+def find_ranges(weight: torch.Tensor, scheme: Scheme, importance=None):
+    """(scales, zeros or None, steps or None) as in `packed.Parts`, on the weight's device; arguments and errors as in
+    `pack`."""
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point or weight.dim() != 2 or weight.numel() == 0:
@@ -44,8 +51,15 @@ def pack(weight: torch.Tensor, scheme: Scheme | str = "int8", *, importance=None
     if not bool(weight.isfinite().all()):
         raise ValueError("weight must be finite, got NaN or Inf")
     counts = None if importance is None else _checked_importance(importance, weight)
-    parts = _two_level(weight, counts, scheme) if scheme.two_level else _one_level(weight, counts, scheme)
-    return PackedWeight(pack_blob(scheme, parts).to(weight.device))
+    return (_two_level if scheme.two_level else _one_level)(weight, counts, scheme)
+
+
+def encode(weight: torch.Tensor, scheme: Scheme, scales, zeros, steps) -> PackedWeight:
+    """Packs a weight with ranges that are known: each weight gets the nearest value there is."""
+    weight = weight.detach().float()
+    ratio = weight / spread(scales, scheme, *weight.shape)
+    codes = grid(scheme, zeros, steps, weight.shape).codes(ratio).to(torch.uint8)
+    return PackedWeight(pack_blob(scheme, Parts(codes, scales, zeros, steps)).to(weight.device))
 
 
 def _checked_importance(importance, weight: torch.Tensor) -> torch.Tensor:
@@ -93,19 +107,14 @@ def _parts(groups: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return groups.split(max(1, _CHUNK // groups[0].numel()))
 
 
-def _one_level(weight: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme) -> Parts:
-    rows, columns = weight.shape
+def _one_level(weight: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme):
     groups = _parts(_to_groups(weight, scheme))
     if counts is not None:
         counts = _parts(_to_groups(counts.expand_as(weight), scheme))
     found = [_fit(part, None if counts is None else counts[i], scheme) for i, part in enumerate(groups)]
     scales, zeros = (torch.cat([part[i] for part in found]) for i in range(2))
-    scales, zeros = scales.contiguous(), zeros.to(torch.uint8)
-    spread_zeros = spread(zeros.float(), scheme, rows, columns)
-    least = 1 if scheme.bits == 8 and scheme.symmetric else 0
-    codes = (weight / spread(scales, scheme, rows, columns) + spread_zeros).round_().clamp_(least, 2**scheme.bits - 1)
-    assert scales.numel() == num_scales(scheme, rows, columns)
-    return Parts(codes.to(torch.uint8), scales, None if scheme.symmetric else zeros, None)
+    assert scales.numel() == num_scales(scheme, *weight.shape)
+    return scales, None if scheme.symmetric else zeros.to(torch.uint8), None
 
 
 def _to_groups(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -151,20 +160,18 @@ def _zeros(low, high, scale, most):
     return [(middle + shift).clamp(0, most) for shift in (-1, 0, 1)]
 
 
-def _two_level(weight: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme) -> Parts:
-    rows, columns = weight.shape
-    size = scheme.group_size
-    blocks = F.pad(weight, (0, -columns % size)).view(rows, -1, size)
+def _two_level(weight: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme):
+    size, missing = scheme.group_size, -weight.shape[1] % scheme.group_size
+    blocks = F.pad(weight, (0, missing)).view(weight.shape[0], -1, size)
     if counts is not None:
-        counts = F.pad(counts, (0, -columns % size)).view(-1, size)
+        counts = F.pad(counts, (0, missing)).view(-1, size)
     found = [_fit_rows(part, counts, scheme) for part in _parts(blocks)]
-    codes, scales, steps, zeros = (torch.cat([part[i] for part in found]) for i in range(4))
-    packed = steps.to(torch.int32) | zeros.to(torch.int32) << (8 - scheme.bits)
-    return Parts(codes.to(torch.uint8).view(rows, -1)[:, :columns], scales, None, packed.to(torch.uint8))
+    scales, steps, zeros = (torch.cat([part[i] for part in found]) for i in range(3))
+    return scales, None, (steps.to(torch.int32) | zeros.to(torch.int32) << (8 - scheme.bits)).to(torch.uint8)
 
 
 def _fit_rows(blocks: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme):
-    """[rows, blocks, size] -> (codes, scale per row, step and z per block) as csrc/core/packed.h has them.
+    """[rows, blocks, size] -> (scale per row, step and z per block) as csrc/core/packed.h has them.
 
     The row's scale is the smallest with which every weight fits into [-127, 127] and the widest block's range into the
     largest step (smaller ones won nothing); then each block tries the steps from the one that spans its range down.
@@ -185,15 +192,7 @@ def _fit_rows(blocks: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme)
         z = (most - (low + high) / step - middle).round()  # puts the codes' range around the weights'
         for shift in (0,) if scheme.symmetric else (-1, 0, 1):
             zero = torch.full_like(step, middle) if scheme.symmetric else (z + shift).clamp(0, most)
-            offset, least, greatest = _bounds(step, zero, bits)
+            offset, least, greatest = bounds(step, zero, bits)
             search.attempt(step, offset / step, least, greatest, step, zero)
     step, zero = search.kept
-    offset, least, greatest = _bounds(step, zero, bits)
-    codes = (scaled / step + offset / step).round_().clamp_(least, greatest)
-    return codes.T.reshape(blocks.shape), scale[:, 0], step.view(rows, -1), zero.view(rows, -1)
-
-
-def _bounds(step: torch.Tensor, zero: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(offset, least code, greatest code) such that step * code - offset stays within [-127, 127]."""
-    offset = (step * (zero + 2 ** (bits - 1)) / 2).floor()
-    return offset, ((offset - 127) / step).ceil().clamp_min(0), ((offset + 127) / step).floor().clamp_max(2**bits - 1)
+    return scale[:, 0], step.view(rows, -1), zero.view(rows, -1)

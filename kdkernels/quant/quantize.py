@@ -5,6 +5,7 @@ it again on the empty model, from the same few settings in config.json.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -48,8 +49,27 @@ def quantize(
     Raises: TypeError or ValueError naming the argument: an unknown scheme or number of bits, a name in bits_per_layer
         or skip that no module has, a model that is quantised already or has nothing to quantise.
     """
+    settings = settle(model, scheme, bits_per_layer, skip)
+    _pack(model.eval(), settings.layers, progress)
+    return finish(model, settings)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `quantize`, checked, and the plan that they make."""
+
+    scheme: Scheme
+    own: dict[str, Scheme]
+    skip: list[str]
+    layers: dict[str, Scheme]
+
+
+def settle(model: nn.Module, scheme, bits_per_layer, skip) -> Settings:
+    """Checks the arguments of `quantize`, and plans."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_kdkernels_qat"):
+        raise ValueError("model is prepared for training already: convert(model) makes it a quantised one")
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError("model is quantised already")
     scheme, skip = as_scheme(scheme), _names("skip", skip)
@@ -61,13 +81,17 @@ def quantize(
     layers = plan(model, scheme, own, skip)
     if not layers:
         raise ValueError(f"model has no linear layer to quantise that is not in skip ({type(model).__name__})")
-    _pack(model.eval(), layers, progress)
+    return Settings(scheme, own, skip, layers)
+
+
+def finish(model: nn.Module, settings: Settings) -> nn.Module:
+    """Puts the padding-free encoder in front, and tells transformers that the model is quantised."""
     encoder.attach_all(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             from .integration import mark  # not before there is a model of transformers: it imports all its quantisers
 
-            mark(module, scheme, own, skip)
+            mark(module, settings.scheme, settings.own, settings.skip)
     return model
 
 
@@ -146,10 +170,10 @@ def _names(argument: str, value) -> list[str]:
     return list(value)
 
 
-def _scheme_of(value) -> Scheme:
+def scheme_of(argument: str, value) -> Scheme:
     if isinstance(value, int) and not isinstance(value, bool):
         if f"int{value}" not in NAMED:
-            raise ValueError(f"bits_per_layer must give 8, 4, 3 or 2 bits, or a scheme; got {value}")
+            raise ValueError(f"{argument} must give 8, 4, 3 or 2 bits, or a scheme; got {value}")
         value = f"int{value}"
     return as_scheme(value)
 
@@ -159,7 +183,7 @@ def _own_schemes(model: nn.Module, bits_per_layer) -> dict[str, Scheme]:
     if bits_per_layer is None:
         return {}
     if isinstance(bits_per_layer, Mapping):
-        return {part: _scheme_of(value) for part, value in bits_per_layer.items()}
+        return {part: scheme_of("bits_per_layer", value) for part, value in bits_per_layer.items()}
     bases = [(name, module) for name, module in model.named_modules() if architectures.is_base(module)]
     if len(bases) != 1 or architectures.unsupported(bases[0][1]):
         raise ValueError("bits_per_layer must be a mapping from names: a sequence needs a model with one known encoder")
@@ -170,7 +194,7 @@ def _own_schemes(model: nn.Module, bits_per_layer) -> dict[str, Scheme]:
     own = {}
     for block, value in zip(blocks, bits_per_layer, strict=True):
         for linear in block.linears:
-            chosen = _scheme_of(value)
+            chosen = scheme_of("bits_per_layer", value)
             if own.setdefault(names[id(linear)], chosen) != chosen:
                 raise ValueError("bits_per_layer must give blocks that share their weights the same bits")
     return own
