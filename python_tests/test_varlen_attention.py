@@ -1,4 +1,4 @@
-"""Attention on packed tokens: every ISA against float64, what is not finite, threads, opcheck, memory beside the inputs."""
+"""Attention on packed tokens: every ISA against float64, what is not finite, threads, memory beside the inputs."""
 
 import pytest
 import torch

@@ -42,6 +42,7 @@ namespace {
 #include "quant_gemm.inl"
 #include "quant_linear.inl"
 #include "varlen_attention.inl"
+#include "encoder.inl"
 #include "hidden_cosine.inl"
 #include "moment_mse.inl"
 #include "gram_mse.inl"
@@ -80,6 +81,7 @@ const Table table = {
     .quant_linear_float = quant_linear_float,
     .varlen_attention_scratch = varlen_attention_scratch,
     .varlen_attention = varlen_attention,
+    .normalize_rows = normalize_rows,
     .hidden_cosine_forward = hidden_cosine_forward,
     .hidden_cosine_backward = hidden_cosine_backward,
     .moment_forward = moment_forward,

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../ops/attention.h"
+#include "../ops/encoder.h"
 #include "../ops/moment_mse.h"
 #include "attention_map.h"
 #include "gram_mse.h"
@@ -71,6 +72,7 @@ struct Table {
 
   int64_t (*varlen_attention_scratch)(const VarlenAttention&);
   void (*varlen_attention)(const VarlenAttention&, int64_t item, float* scratch);
+  void (*normalize_rows)(const NormalizeRows&, int64_t item);  // one item = kQuantizedRows rows
 
   // Items as without a projection.
   void (*hidden_cosine_forward)(const HiddenLayers&, int64_t item, float* scratch);

@@ -1,16 +1,10 @@
 // quant_linear for CPU tensors: the packed format to panels, then rows of activations to 8 bits and panels to threads.
-#include <vector>
+#include "quant_linear.h"
 
-#include "../core/gelu_curve.h"
-#include "common.h"
+#include <vector>
 
 namespace kd {
 namespace {
-
-const uint8_t* bytes_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 1 && x.is_contiguous(), name, " must be a run of uint8");
-  return static_cast<const uint8_t*>(x.const_data_ptr());
-}
 
 Tensor quant_prepare(const Tensor& packed) {
   Packed view;
@@ -30,42 +24,24 @@ RowsView rows_view(const Tensor& x, const char* name) {
           x.stride(dims - 1), dtype_of(x, name)};
 }
 
-const float* curve_of(Activation activation) {
-  struct Curve {
-    float values[kGeluCurveFloats];
-    explicit Curve(double (*function)(double)) { make_gelu_curve(function, values); }
-  };
-  static const Curve erf(half_erf), tanh(half_tanh);
-  return activation == Activation::kGelu ? erf.values : activation == Activation::kGeluTanh ? tanh.values : nullptr;
-}
-
 Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                     int64_t out_features, int64_t activation, bool quantize, double input_scale) {
   const cpu::Table& kernels = table();
   QuantLinear op{};
-  const uint8_t* prepared = bytes_of(weight, "weight");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(prepared) % kPackedAlign == 0, "weight must be aligned as quant_prepare returned it");
-  const char* wrong = cpu::quant_weights(prepared, weight.numel(), op.weights);
-  STD_TORCH_CHECK(!wrong, wrong ? wrong : "");
+  describe_weights(weight, op.weights);
   const QuantWeights& w = op.weights;
   op.x = rows_view(x, "x");
   STD_TORCH_CHECK(x.size(x.dim() - 1) == w.columns && w.rows == out_features, "x and out_features must be as the weight has them");
   op.rows = x.numel() / w.columns;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = w.rows;
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == w.rows && bias->is_contiguous(), "bias must be contiguous [out_features]");
-    op.bias = bias->const_data_ptr();
-    op.bias_dtype = dtype_of(*bias, "bias");
-  }
+  if (bias) describe_bias(*bias, op);
   if (residual) {
     op.residual = rows_view(*residual, "residual");
     STD_TORCH_CHECK(residual->dim() == x.dim() && residual->numel() == op.rows * w.rows && op.residual.inner == op.x.inner,
                     "residual must have the shape of the output");
   }
-  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kTanh), "activation is unknown");
-  op.activation = static_cast<Activation>(activation);
-  op.curve = curve_of(op.activation);
+  describe_activation(activation, op);
   op.static_scale = static_cast<float>(input_scale);
   Tensor out = new_tensor(x, shape, x.scalar_type());
   op.out = out.mutable_data_ptr();

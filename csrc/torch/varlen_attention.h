@@ -6,7 +6,8 @@ namespace kd {
 
 // Puts the sequences of cu_seqlens, which must cover `tokens`, into op.
 inline void describe_sequences(const Tensor& cu_seqlens, int64_t tokens, VarlenAttention& op) {
-  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.is_contiguous() && cu_seqlens.numel() > 0,
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.is_contiguous() &&
+                      cu_seqlens.numel() > 0,
                   "cu_seqlens must be contiguous int32 [sequences + 1]");
   op.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   op.sequences = cu_seqlens.numel() - 1;

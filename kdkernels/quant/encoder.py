@@ -14,8 +14,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from .. import reference
+from ..ops.quant_linear import ACTIVATION
 from . import architectures
-from .linear import linear
+from .linear import linear, refuse_gradient
 from .modules import QuantLinear
 
 # What the packed forward understands; anything else that is given and not None or False asks for the model's own.
@@ -94,12 +95,9 @@ class PaddingFree:
         tokens = PackedTokens(input_ids if embeds is None else embeds, attention_mask)
         x = self._embed(tokens, input_ids, embeds, given.get("token_type_ids"), given.get("position_ids"))
         keep_all = self._option("output_hidden_states", given)
-        states = [x]
-        for block in architectures.blocks(self):
-            x = run_block(x, tokens.cumulative, block, self.config)
-            states = [*states, x] if keep_all else [x]
-        hidden = tuple(tokens.unpack(state) for state in states) if keep_all else None
-        last = tokens.unpack(x) if hidden is None else hidden[-1]
+        states = run_blocks(x, tokens.cumulative, architectures.blocks(self), self.config, keep_all)
+        hidden = tuple(tokens.unpack(state) for state in (x, *states)) if keep_all else None
+        last = tokens.unpack([x, *states][-1]) if hidden is None else hidden[-1]
         if hasattr(self, "pooler"):
             output = BaseModelOutputWithPooling(last, architectures.pool(self, last), hidden)
         else:
@@ -132,8 +130,50 @@ class PaddingFree:
         return architectures.widen(self, x).squeeze(0)
 
 
+def run_blocks(x: torch.Tensor, cumulative: torch.Tensor, blocks: list, config, keep_all: bool) -> list[torch.Tensor]:
+    """The blocks on packed tokens [T, D]: the state behind each of them, or behind the last."""
+    if not fuses(x, blocks):
+        states = []
+        for block in blocks:
+            x = run_block(x, cumulative, block, config)
+            states = [*states, x] if keep_all else [x]
+        return states
+    refuse_gradient(x)
+    norms = [norm for block in blocks for norm in (block.attention_norm, block.output_norm)]
+    states = torch.ops.kdkernels.encoder(
+        x.contiguous(),
+        cumulative,
+        [part.weight.prepared for block in blocks for part in block.linears],
+        [part.bias for block in blocks for part in block.linears],
+        [parameter for norm in norms for parameter in (norm.weight, norm.bias)],
+        config.num_attention_heads,
+        ACTIVATION[architectures.activation(config)],
+        norms[0].eps,
+        keep_all,
+    )
+    return list(states.unbind(0))
+
+
+def fuses(x: torch.Tensor, blocks: list[architectures.Block]) -> bool:
+    """Whether one call of the kernels can run the blocks: 8-bit activations whose codes the projections share."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not blocks:
+        return False
+    eps = blocks[0].output_norm.eps
+    for block in blocks:
+        scheme = block.query.scheme
+        if block.key.scheme != scheme or block.value.scheme != scheme:
+            return False
+        for part in block.linears:
+            if part.scheme.activation_bits != 8 or part.scheme.group == "in" or part.bias is None:
+                return False
+        for norm in (block.attention_norm, block.output_norm):
+            if norm.eps != eps or norm.bias is None or norm.weight.dtype != torch.float32:
+                return False
+    return True
+
+
 def run_block(x: torch.Tensor, cumulative: torch.Tensor, block: architectures.Block, config) -> torch.Tensor:
-    """One encoder block on packed tokens [T, D] -> [T, D]."""
+    """One block on packed tokens [T, D] -> [T, D], call by call: the truth that the fused encoder is held against."""
     q, k, v = (linear(x, part.weight, part.bias) for part in (block.query, block.key, block.value))
     heads = config.num_attention_heads
     attention = reference.varlen_attention if x.dtype == torch.float64 else torch.ops.kdkernels.varlen_attention

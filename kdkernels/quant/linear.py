@@ -60,7 +60,12 @@ def _check(x, packed: PackedWeight, bias, residual) -> None:
     if residual is not None and tuple(residual.shape) != (*x.shape[:-1], rows):
         raise ValueError(f"residual must have the output's shape {[*x.shape[:-1], rows]}, got {list(residual.shape)}")
     _checks.same_device("x", x, packed=packed, **named)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual)):
+    refuse_gradient(x, bias, residual)
+
+
+def refuse_gradient(*inputs: torch.Tensor | None) -> None:
+    """RuntimeError where a gradient by one of the inputs would be needed."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         raise RuntimeError(
             "kdkernels.quant.linear is for inference and has no gradient; run it under torch.no_grad() or "
             "torch.inference_mode()"
