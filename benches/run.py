@@ -5,6 +5,8 @@ best mode of torch.compile run forward and backward in turns (see timing.py), an
 percentage of the machine's measured ceiling (roofline.py), extra memory (memory.py), error, and what the machine was.
 The ratio to a peer is the median of the ratios round by round. Exit status 1 where something did not match or failed;
 a missed target is printed and is no failure.
+
+`python -m benches.run quant_linear` measures products with quantised weights (quant_linear.py).
 """
 
 import argparse
@@ -72,6 +74,11 @@ class Mismatch(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["quant_linear"]:
+        from .quant_linear import main as quant_linear  # it needs _native
+
+        return quant_linear(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:

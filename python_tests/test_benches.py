@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benches import gpu_check, plot, roofline, run
+from benches import gpu_check, plot, quant_linear, roofline, run
 from benches.peers import eager
 from kdkernels import functional, reference
 
@@ -144,6 +144,22 @@ def test_csv_and_plot(tmp_path):
     assert plot.main([str(tmp_path / "missing.csv")]) == 2
 
 
+@pytest.mark.parametrize("kind", [quant_linear.INPUT, quant_linear.DYNAMIC])
+def test_rows_of_quantised_products(kind, monkeypatch):
+    case = quant_linear.Case(kind, (2, 64, 128), ("int8", "int4"), "gelu", target=0.001)
+    rows = quant_linear.measure(case, 0.01, {"machine": "test"})
+    assert [row["scheme"] for row in rows] == ["int8", "int4"]
+    assert rows[0]["reached"] and rows[0]["times_8_bit"] is None and rows[1]["times_8_bit"] > 0
+    assert all(row["p20_us"] <= row["median_us"] <= row["p80_us"] and row["error"] < 1e-5 for row in rows)
+    assert set(rows[0]) <= set(quant_linear.COLUMNS)
+
+    right = quant_linear.reference.quant_linear
+    monkeypatch.setattr(quant_linear.reference, "quant_linear", lambda *args, **options: 1.01 * right(*args, **options))
+    monkeypatch.setattr(quant_linear, "_in_turns", lambda *_: pytest.fail("timed"))
+    with pytest.raises(ArithmeticError, match="not timed"):
+        quant_linear.measure(case, 0.01, {})
+
+
 def test_command_line():
     def call(*arguments):
         return subprocess.run(
@@ -152,6 +168,8 @@ def test_command_line():
 
     listed = call("relation_kl", "--list")
     assert listed.returncode == 0 and "n256_padded" in listed.stdout and "kd_loss" not in listed.stdout
+    listed = call("quant_linear", "--list")
+    assert listed.returncode == 0 and "quantised input 128 x 768 x 3072" in listed.stdout
     unknown = call("kd_lose")
     assert unknown.returncode == 2 and "kd_lose" in unknown.stderr.splitlines()[-1]
 

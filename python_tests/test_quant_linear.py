@@ -27,6 +27,7 @@ SCHEMES = [
     for symmetric in (True, False)
     for activation_bits in (8, None)
 ]
+SCHEMES.append(Scheme(8, "block", 32))  # half of what a tile takes at once
 # Rows, in and out features: one, one more or less than a tile, a panel, a chunk of columns; more rows than a block.
 SHAPES = [(1, 64, 64), (7, 100, 65), (13, 33, 3), (3, 1100, 130), (250, 96, 70)]
 
