@@ -9,35 +9,38 @@ constexpr int64_t kProjectionDepth = 1024;  // of K at a time: a step's A, 1.2 M
 
 inline bool product_takes(const float* x, int64_t n) { return tiles_take(x, n); }
 
-inline int64_t gradient_parts(const HiddenProjection& op) {
-  return op.student.dtype == DType::kF32 || op.weight_dtype == DType::kF32 ? 3 : 2;
+// Of S and W, and of G.
+inline int64_t operand_parts(const HiddenProjection& op) {
+  const auto either = [&](DType dtype) { return op.student.dtype == dtype || op.weight_dtype == dtype; };
+  return either(DType::kF32) ? 3 : either(DType::kF16) ? 2 : 1;
 }
+inline int64_t gradient_parts(const HiddenProjection& op) { return operand_parts(op) == 3 ? 3 : 2; }
 
 // A weight as B, for all layers that share it.
-inline Tiles weight_turned(const HiddenProjection& op, float* memory) { return tiles(memory, op.d_s, tile_parts(op.weight_dtype)); }
+inline Tiles weight_turned(const HiddenProjection& op, float* memory) { return tiles(memory, op.d_s, operand_parts(op)); }
 inline Tiles weight_straight(const HiddenProjection& op, float* memory) {
-  const int64_t parts = tile_parts(op.weight_dtype);
+  const int64_t parts = operand_parts(op);
   return tiles(memory + tiles_floats(op.d_t, op.d_s, parts), op.d_t, parts);
 }
 
 inline int64_t weight_operand_floats(const HiddenProjection& op) {
-  const int64_t parts = tile_parts(op.weight_dtype);
+  const int64_t parts = operand_parts(op);
   return tiles_floats(op.d_t, op.d_s, parts) + (op.grad_student ? tiles_floats(op.d_s, op.d_t, parts) : 0);
 }
 
 // What the rows of a layer leave for the gradient of its weight: S as B and G as A.
-inline Tiles all_states(const HiddenProjection& op) { return tiles(op.packed_rows, op.rows, tile_parts(op.student.dtype)); }
+inline Tiles all_states(const HiddenProjection& op) { return tiles(op.packed_rows, op.rows, operand_parts(op)); }
 inline Tiles all_gradients(const HiddenProjection& op) {
-  return tiles(op.packed_rows + tiles_floats(op.d_s, op.rows, tile_parts(op.student.dtype)), op.rows, gradient_parts(op));
+  return tiles(op.packed_rows + tiles_floats(op.d_s, op.rows, operand_parts(op)), op.rows, gradient_parts(op));
 }
 
 inline int64_t row_operand_floats(const HiddenProjection& op) {
   if (!op.grad_student) return 0;
-  return tiles_floats(op.d_s, op.rows, tile_parts(op.student.dtype)) + tiles_floats(op.d_t, op.rows, gradient_parts(op));
+  return tiles_floats(op.d_s, op.rows, operand_parts(op)) + tiles_floats(op.d_t, op.rows, gradient_parts(op));
 }
 
 inline int64_t product_scratch_floats(const HiddenProjection& op) {
-  const int64_t states = tiles_floats(kProjectionBlock, op.d_s, tile_parts(op.student.dtype));
+  const int64_t states = tiles_floats(kProjectionBlock, op.d_s, operand_parts(op));
   const int64_t gradients = tiles_floats(kProjectionBlock, op.d_t, gradient_parts(op));
   return states > gradients ? states : gradients;
 }
@@ -46,9 +49,13 @@ inline int64_t product_scratch_floats(const HiddenProjection& op) {
 inline void whole_product(const Tiles& a, int64_t line, int64_t rows, const Tiles& b, int64_t columns, float* c, int64_t ldc) {
   const TileScope scope;
   const int64_t depth = a.depth * kTileDepth;
+  const auto product = b.parts == 3   ? tile_product<3, 3>
+                       : b.parts == 2 ? tile_product<2, 2>
+                       : a.parts == 2 ? tile_product<2, 1>
+                                      : tile_product<1, 1>;
   for (int64_t k = 0; k < depth; k += kProjectionDepth)
-    tile_product(a, line, round_up(rows, kTileBlock), b, round_up(columns, kTileBlock), k,
-                 depth - k < kProjectionDepth ? depth - k : kProjectionDepth, c, ldc, k > 0);
+    product(a, line, round_up(rows, kTileBlock), b, round_up(columns, kTileBlock), k,
+            depth - k < kProjectionDepth ? depth - k : kProjectionDepth, c, ldc, k > 0);
 }
 
 inline void pack_weight(const HiddenProjection& op, int64_t first, int64_t n, const float* w, int64_t stride, float* packed) {
@@ -67,7 +74,7 @@ inline void pack_gradients(const HiddenProjection& op, int64_t first, int64_t n,
 
 inline void multiply_states(const HiddenProjection& op, int64_t n, const float* s, int64_t width_s, float* packed, float* y,
                             int64_t width_t, float* scratch) {
-  const Tiles a = tiles(scratch, op.d_s, tile_parts(op.student.dtype));
+  const Tiles a = tiles(scratch, op.d_s, operand_parts(op));
   pack_rows<false>(s, width_s, round_up(n, kTileBlock), round_up(op.d_s, kTileBlock), a, 0);
   whole_product(a, 0, n, weight_turned(op, packed), op.d_t, y, width_t);
 }

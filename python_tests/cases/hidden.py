@@ -50,7 +50,7 @@ HIDDEN_MSE = [
     hidden("projected_wide", "sums over many tokens", tokens=129, d_s=129, d_t=200, weights=1),
     hidden("projected_48", "three vectors across, and sums over several steps", tokens=200, d_s=48, d_t=40, weights=1),
     hidden(
-        "projected_deep", "several blocks of rows and steps of K", tokens=300, d_s=600, d_t=70, weights=1, bias=True
+        "projected_deep", "several blocks of rows and steps of K", tokens=300, d_s=608, d_t=70, weights=1, bias=True
     ),
     hidden("l2", "PKD", normalize="l2", layers=2, mask=(41, 9)),
     hidden("l2_projected", "PKD after a projection", normalize="l2", d_s=26, d_t=41, weights=1, bias=True),
