@@ -104,7 +104,7 @@ struct TileScope {
 // one side changes: 14 loads for the six pairs of a float instead of 18.
 template <int kPartsA, int kPartsB>
 [[gnu::noinline]] void tile_product(const Tiles& a, int64_t line, int64_t rows, const Tiles& b, int64_t columns, int64_t k, int64_t depth,
-                                    float* c, int64_t ldc, bool add) noexcept {
+                                    float* c, int64_t ldc, bool add) {
   const int64_t next_a = a.depth * kPartsA * kTileBytes, next_b = b.depth * kPartsB * kTileBytes, row_bytes = ldc * sizeof(float);
   for (int64_t n = 0; n < columns; n += kTileBlock)
     for (int64_t m = 0; m < rows; m += kTileBlock) {
