@@ -6,7 +6,8 @@ percentage of the machine's measured ceiling (roofline.py), extra memory (memory
 The ratio to a peer is the median of the ratios round by round. Exit status 1 where something did not match or failed;
 a missed target is printed and is no failure.
 
-`python -m benches.run quant_linear` measures products with quantised weights (quant_linear.py).
+`python -m benches.run quant_linear` measures products with quantised weights (quant_linear.py),
+`python -m benches.run encoder` measures quantised encoders (encoder.py).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 
@@ -29,7 +30,7 @@ from python_tests.steps import STEPS, loss_of
 
 from . import machine, memory, roofline
 from .peers import compiled, eager, liger
-from .timing import Runner, interleaved, quick
+from .timing import Runner, interleaved, quick, spread
 
 OURS, EAGER, COMPILE, LIGER, FLOAT32 = "kdkernels", "eager", "torch.compile", "liger", "kdkernels fp32"
 PEERS = (EAGER, COMPILE, LIGER)
@@ -79,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         from .quant_linear import main as quant_linear  # it needs _native
 
         return quant_linear(argv[1:])
+    if argv[:1] == ["encoder"]:
+        from .encoder import main as encoder  # its peers are other libraries
+
+        return encoder(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -164,7 +169,7 @@ def measure(case: Case, effort: Effort, ceilings: roofline.Ceilings, facts: dict
     rows = []
     for entry in entries:
         samples = times[entry.runner.name]
-        low, middle, high = _spread(samples)
+        low, middle, high = spread(samples)
         rows.append(
             {
                 "op": case.op, "case": case.name, "implementation": entry.runner.name, "variant": entry.variant,
@@ -241,12 +246,6 @@ def _judgement(case: Case, call: Call, entry: Entry, times: dict) -> dict:
     ratio = median(peer / ours for peer, ours in zip(times[name], times[OURS], strict=True))
     goal = {EAGER: target.eager, COMPILE: target.compile, LIGER: target.liger, FLOAT32: target.float32}[name]
     return {"ratio": ratio, "target": goal, "reached": None if goal is None else ratio >= goal}
-
-
-def _spread(samples: list[float]) -> tuple[float, float, float]:
-    """20th percentile, median and 80th percentile."""
-    fifths = quantiles(samples, n=5, method="inclusive")
-    return fifths[0], median(samples), fifths[3]
 
 
 def append(path: Path, rows: list[dict]) -> None:

@@ -8,7 +8,7 @@ outside of the clock, so that every implementation allocates and writes the grad
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 
@@ -85,3 +85,9 @@ def interleaved(runners: list[Runner], seconds: float, least: int = 5, most: int
         for name, sample in samplers.items():
             times[name].append(median(sample() for _ in range(repeats[name])))
     return times
+
+
+def spread(samples: list[float]) -> tuple[float, float, float]:
+    """20th percentile, median and 80th percentile."""
+    fifths = quantiles(samples, n=5, method="inclusive")
+    return fifths[0], median(samples), fifths[3]

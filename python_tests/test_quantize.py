@@ -14,6 +14,8 @@ from kdkernels.cli import main
 from kdkernels.quant import Scheme
 from kdkernels.quant.encoder import PaddingFree
 from kdkernels.quant.modules import QuantEmbedding, QuantLinear
+from kdkernels.quant.quantize import lay_out, plan
+from kdkernels.quant.scheme import as_scheme
 
 from . import tiny as tiny_bert
 
@@ -205,6 +207,16 @@ class TestPlan:
         assert schemes["bert.embeddings.word_embeddings"].bits == 8
         assert {schemes[name].bits for name in schemes if "encoder" in name} == {4}
         assert type(model.classifier) is torch.nn.Linear
+
+    @pytest.mark.parametrize(("scheme", "limit"), [("int8", 107), ("int4", 69), ("int3", 59), ("int2", 48)])
+    def test_size_of_bert_base(self, scheme, limit):
+        """MiB of the tensors in its checkpoint, which are laid out without being filled."""
+        with torch.device("meta"):
+            model = transformers.BertModel(transformers.BertConfig())
+        lay_out(model, plan(model, as_scheme(scheme), {}, []))
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum(t.numel() * t.element_size() for t in tensors) / 2**20
+        assert 0.98 * limit < size <= limit
 
     def test_bits_per_layer_by_name(self):
         model = kdkernels.quantize(tiny("bert"), "int4", bits_per_layer={"layer.0": 8, "layer.0.output.dense": "int2"})
