@@ -12,7 +12,7 @@ import kdkernels
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = Path(kdkernels.__file__).parent / "libkdkernels_cuda.so"
-OPS = ("kd_loss", "kd_loss_backward")
+OPS = ("kd_loss", "kd_loss_backward", "quant_prepare", "quant_linear")
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library was not built: no nvcc")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -34,15 +34,12 @@ def test_needs_no_cuda_library():
     assert not [name for name in symbols if name.startswith(("cu", "__cuda")) or "cuda_stream" in name]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(source: str, tmp_path) -> dict[tuple[str, str], tuple[int, int]]:
     """{(arch, kernel): (registers, spilled bytes)} from ptxas, for what CMakeLists.txt builds by default."""
     archs = re.search(r'KDKERNELS_CUDA_ARCHS "([^"]+)"', (ROOT / "CMakeLists.txt").read_text())[1].split(";")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    output = tmp_path_factory.mktemp("ptxas") / "kd_loss.cubins"
-    source = ROOT / "csrc" / "cuda" / "kd_loss.cu"
-    command = ["nvcc", "-std=c++20", "-O3", *targets, "-Xptxas=-v", "--fatbin", "-o", output, source]
-    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    command = ["nvcc", "-std=c++17", "-O3", *targets, "-Xptxas=-v", "--fatbin", "-o", tmp_path / "cubins"]
+    log = subprocess.run([*command, ROOT / "csrc" / "cuda" / source], check=True, capture_output=True, text=True).stderr
     pattern = r"entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg"
     return {
         (arch, name): (int(registers), int(stores) + int(loads))
@@ -50,10 +47,19 @@ def report(tmp_path_factory):
     }
 
 
+# Kernels per architecture, and the most registers a thread: what the blocks that a multiprocessor shall hold leave.
+LIMITS = {
+    "kd_loss.cu": (92, 64),  # kind, two dtypes, forward and backward; two that add rows up. Two blocks of 512 threads
+    "quant_linear.cu": (9, 255),  # bits, size of tiles; segments. Two blocks of 128 threads
+    "quant_rows.cu": (3, 64),  # dtypes
+}
+
+
 @needs_nvcc
-def test_kernels_spill_nothing(report):
-    """90 kernels (kind, two dtypes, forward and backward) and two that add rows up, per architecture."""
-    assert len(report) == 2 * 92
-    assert not {kernel: spilled for kernel, (_, spilled) in report.items() if spilled}
-    # Two blocks of 512 threads on a multiprocessor have 64 registers a thread.
-    assert max(registers for registers, _ in report.values()) <= 64
+@pytest.mark.parametrize("source", LIMITS)
+def test_kernels_spill_nothing(source, tmp_path):
+    kernels, most = LIMITS[source]
+    found = report(source, tmp_path)
+    assert len(found) == 2 * kernels
+    assert not {kernel: spilled for kernel, (_, spilled) in found.items() if spilled}
+    assert max(registers for registers, _ in found.values()) <= most

@@ -75,6 +75,43 @@ inline int code_at(const Packed& p, int64_t row, int64_t column) {
   return p.bits == 2 ? low : low | (run[8 + i % 4] >> (i / 4) & 1) << 2;
 }
 
+// A weight without its bytes, from its shape and its scheme in one number: bits | group << 4 | symmetric << 6 | group_size << 8.
+// For hosts that can't read the memory where the weight lies. False if there is no such scheme.
+inline bool packed_scheme(int64_t layout, int64_t rows, int64_t columns, Packed& p) {
+  p = {};
+  p.rows = rows;
+  p.columns = columns;
+  p.bits = static_cast<int>(layout & 15);
+  p.group = static_cast<Group>(layout >> 4 & 3);
+  p.symmetric = layout >> 6 & 1;
+  p.group_size = layout >> 8;
+  const bool known_bits = p.bits == 8 || p.bits == 4 || p.bits == 3 || p.bits == 2;
+  return known_bits && p.group_size > 0 && (p.group != Group::kBlock || p.group_size % kCodeRun == 0);
+}
+
+// Which scale a weight has.
+inline int64_t scale_index(const Packed& p, int64_t row, int64_t column) {
+  switch (p.group) {
+    case Group::kChannel: return row;
+    case Group::kOut: return row / p.group_size;
+    case Group::kIn: return column / p.group_size;
+    case Group::kBlock: return p.two_level() ? row : row * p.groups() + column / p.group_size;
+  }
+  return 0;
+}
+
+inline float scale_at(const Packed& p, int64_t i) {
+  float scale;
+  std::memcpy(&scale, p.scales + i * 4, 4);
+  return scale;
+}
+
+// The steps' byte of a row's run of 32 columns; without two levels, what takes the middle code off.
+inline uint8_t step_of(const Packed& p, int64_t row, int64_t run) {
+  if (p.two_level()) return p.steps[row * p.groups() + run * kCodeRun / p.group_size];
+  return static_cast<uint8_t>(1 | 1 << 7);
+}
+
 // Reads a header and lays the sections out; returns what is wrong with it, or null. It protects memory; whether the bytes are the ones
 // once written is the checksum's to say (kdkernels/quant/packed.py).
 inline const char* parse_packed(const uint8_t* blob, int64_t size, Packed& p) {

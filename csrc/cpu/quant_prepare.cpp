@@ -57,29 +57,6 @@ Header header_of(const Packed& p) {
           p.group == Group::kIn};
 }
 
-float scale_at(const Packed& p, int64_t i) {
-  float scale;
-  std::memcpy(&scale, p.scales + i * 4, 4);
-  return scale;
-}
-
-// Which scale of `p` a weight has.
-int64_t scale_index(const Packed& p, int64_t row, int64_t column) {
-  switch (p.group) {
-    case Group::kChannel: return row;
-    case Group::kOut: return row / p.group_size;
-    case Group::kIn: return column / p.group_size;
-    case Group::kBlock: return p.two_level() ? row : row * p.groups() + column / p.group_size;
-  }
-  return 0;
-}
-
-// The steps' byte of a row's run of 32 columns; without two levels, what takes the middle code off.
-uint8_t step_of(const Packed& p, int64_t row, int64_t run) {
-  if (p.two_level()) return p.steps[row * p.groups() + run * kCodeRun / p.group_size];
-  return static_cast<uint8_t>(1 | 1 << 7);
-}
-
 // Puts the 32 codes of a row into the vectors of its group: vector j has columns 4 * j to 4 * j + 3 (see quant_unpack.inl).
 void place_low(int bits, const uint8_t* codes, int64_t lane, uint8_t* vectors) {
   for (int64_t k = 0; k < kCodeRun; ++k) {

@@ -522,6 +522,4 @@ int kd_loss_backward(const KdLoss& op, void* stream) {
   });
 }
 
-const char* status_text(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
-
 }  // namespace kd::cuda

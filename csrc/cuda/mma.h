@@ -28,6 +28,12 @@ __device__ inline char* dynamic_shared() {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// From shared memory; the tests look whether it was written.
+template <class T>
+__device__ T load_shared(const void* p) {
+  return *static_cast<const T*>(p);
+}
+
 // 16 bytes from global to shared memory, past the first-level cache. They are there after a wait and, for other threads, a barrier.
 __device__ inline void cp_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -97,6 +103,7 @@ using cuda_host::cp_async;
 using cuda_host::cp_async_commit;
 using cuda_host::cp_async_wait;
 using cuda_host::ldmatrix;
+using cuda_host::load_shared;
 using cuda_host::mma;
 
 inline char* dynamic_shared() { return cuda_host::dynamic_shared; }

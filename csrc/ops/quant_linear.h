@@ -8,7 +8,8 @@ namespace kd {
 
 enum class Activation : int64_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kTanh = 4 };
 
-// Weights as the CPU kernels read them: groups of 16 output features, four of them a panel, columns padded to `depth`, a multiple of 64.
+// Weights as the CPU kernels read them (cuda/quant_linear.h says what differs on CUDA): groups of 16 output features, four of them a
+// panel, columns padded to `depth`, a multiple of 64.
 //   8 bits      group[k / 4][16 rows][4 columns] of int8: code - 128
 //   below       per 32 columns: 8 vectors of 16 rows x 4 columns of codes, in bits * 64 bytes (see quant_unpack.inl); and a byte per row
 //               and 32 columns, as the packed format's steps
@@ -37,7 +38,8 @@ struct QuantLinear {
   RowsView x;
   int64_t rows;  // of x
 
-  // Quantised activations: x = a_scale * (a - 128), |a - 128| <= 127; a_sums[row][segment] = sum of (a - 128) * column_zeros.
+  // Quantised activations: x = a_scale * (a - 128), |a - 128| <= 127; a_sums[row][segment] = sum of (a - 128) * column_zeros. On CUDA
+  // signed bytes, without the 128.
   // Where tiles multiply them (tiled() in quant_rows.inl), 16 rows by 64 columns lie together: [rows / 16][depth / 64][16][64].
   uint8_t* a;  // [rows][depth], with memory for whole 16 rows
   float* a_scale;

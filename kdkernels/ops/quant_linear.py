@@ -1,5 +1,5 @@
 """quant_linear: schema and fake; for inference, so there is no autograd. quant_prepare lays a packed weight out for the
-device that it is on, once."""
+device that it is on, once. `layout` is that of PackedWeight; the CPU's kernels need none."""
 
 import torch
 
@@ -10,7 +10,7 @@ ACTIVATION = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "tanh": 4}
 define("quant_prepare(Tensor packed) -> Tensor")
 define(
     "quant_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt out_features, int activation, "
-    "bool quantize, float input_scale) -> Tensor"
+    "bool quantize, float input_scale, int layout=0) -> Tensor"
 )
 
 
@@ -20,7 +20,7 @@ def _(packed):
 
 
 @torch.library.register_fake("kdkernels::quant_linear", lib=LIBRARY)
-def _(x, weight, bias, residual, out_features, activation, quantize, input_scale):
+def _(x, weight, bias, residual, out_features, activation, quantize, input_scale, layout=0):
     return x.new_empty((*x.shape[:-1], out_features))
 
 

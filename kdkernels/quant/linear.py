@@ -41,7 +41,15 @@ def linear(x, packed, bias=None, *, activation=None, residual=None, input_scale=
     if residual is not None and x.dim() > 3:
         residual = residual.flatten(0, -3)
     y = torch.ops.kdkernels.quant_linear(
-        rows, packed.prepared, bias, residual, packed.shape[0], code, not weight_only, input_scale or 0.0
+        rows,
+        packed.prepared,
+        bias,
+        residual,
+        packed.shape[0],
+        code,
+        not weight_only,
+        input_scale or 0.0,
+        packed.layout,
     )
     return y.unflatten(0, x.shape[:-2]) if x.dim() > 3 else y
 

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from .. import _load
 from .scheme import BITS, GROUPS, RUN, Scheme
 
 MAGIC, VERSION = b"KDQW", 1
@@ -41,12 +42,24 @@ class PackedWeight:
     def __init__(self, blob: torch.Tensor):
         self.scheme, self.shape = _read_header(blob)
         self.blob = blob.detach().contiguous()
-        self.prepared = torch.ops.kdkernels.quant_prepare(self.blob) if blob.device.type == "cpu" else None
+        self.prepared = torch.ops.kdkernels.quant_prepare(self.blob) if self._served() else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the blob: what it takes on disk."""
         return self.blob.numel()
+
+    @property
+    def layout(self) -> int:
+        """Scheme and group size in one number, as `packed_scheme` of csrc/core/packed.h reads them."""
+        scheme = self.scheme
+        group = GROUPS.index(scheme.group)
+        return scheme.bits | group << 4 | int(scheme.symmetric) << 6 | (scheme.group_size or 1) << 8
+
+    def _served(self) -> bool:
+        """Whether kernels of ours multiply with it where it is; weight-only ones there are for the CPU alone."""
+        weight_only = self.scheme.activation_bits is None
+        return _load.serves("quant_linear", self.device) and (self.device.type == "cpu" or not weight_only)
 
     @property
     def device(self) -> torch.device:

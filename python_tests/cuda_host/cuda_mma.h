@@ -2,7 +2,7 @@
 // mma.m16n8k16" and ".m16n8k32").
 //
 // A copy may arrive at any time between cp.async and the wait: its destination counts as not written from the one to the other.
-// ldmatrix checks its addresses and that what it reads was written, and counts reads that its banks would have to take in turn.
+// Reads check their addresses and that what they read was written; ldmatrix counts reads that its banks would have to take in turn.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,6 +11,13 @@
 namespace cuda_host {
 
 inline int64_t bank_conflicts = 0;  // of ldmatrix, so far: rows of one matrix that lie in the same 16 bytes of 128
+
+template <class T>
+T load_shared(const void* p) {
+  check_shared(p, sizeof(T));
+  check_written(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) / 4 * 4), 4);
+  return *static_cast<const T*>(p);
+}
 
 inline void cp_async(void* to, const void* from) {
   check_shared(to, sizeof(uint4));
@@ -68,23 +75,12 @@ inline float widen(__half x) { return __half2float(x); }
 inline int32_t widen(int8_t x) { return x; }
 inline int32_t widen(uint8_t x) { return x; }
 
-// The element at (row, k) of A, 16 rows, and at (k, column) of B, 8 columns, found in the lane and the register that hold it.
+// Element `index` of register r of A's or, 16 bytes behind, of B's fragment in a lane.
 template <class T>
-auto element(const Offers<Operands>& all, const uint32_t (Operands::*registers)[4], unsigned row, unsigned k) {
-  constexpr unsigned kPer = 4 / sizeof(T), kHalf = 4 * kPer;
-  const Operands held = all[row % 8 * 4 + k % kHalf / kPer];
-  T values[kPer];
-  memcpy(values, &(held.*registers)[row / 8 + k / kHalf * 2], sizeof values);
-  return widen(values[k % kPer]);
-}
-
-template <class T>
-auto element(const Offers<Operands>& all, const uint32_t (Operands::*registers)[2], unsigned column, unsigned k) {
-  constexpr unsigned kPer = 4 / sizeof(T), kHalf = 4 * kPer;
-  const Operands held = all[column * 4 + k % kHalf / kPer];
-  T values[kPer];
-  memcpy(values, &(held.*registers)[k / kHalf], sizeof values);
-  return widen(values[k % kPer]);
+auto element(const Offers<Operands>& all, unsigned lane, size_t operand, unsigned r, unsigned index) {
+  T value;
+  memcpy(&value, all.at(lane) + operand + 4 * r + sizeof(T) * index, sizeof value);
+  return widen(value);
 }
 
 template <class A, class B, class C, class Wide>
@@ -94,10 +90,14 @@ void multiply(const char* instruction, C (&c)[4], const uint32_t (&a)[4], const 
   memcpy(mine.b, b, sizeof mine.b);
   const auto all = meet(instruction, mine);
   const unsigned lane = threadIdx.x % kWarp;
+  constexpr unsigned kPer = 4 / sizeof(A), kHalf = 4 * kPer;  // elements of a register, and of four threads' registers
   for (unsigned i = 0; i < 4; ++i) {
+    const unsigned upper = i / 2, row = lane / 4, column = lane % 4 * 2 + i % 2;
     Wide sum = c[i];
-    for (unsigned k = 0; k < 32 / sizeof(A); ++k) {
-      sum += Wide(element<A>(all, &Operands::a, lane / 4 + i / 2 * 8, k)) * element<B>(all, &Operands::b, lane % 4 * 2 + i % 2, k);
+    for (unsigned k = 0; k < 2 * kHalf; ++k) {
+      const unsigned thread = k % kHalf / kPer;
+      sum += Wide(element<A>(all, row * 4 + thread, offsetof(Operands, a), upper + k / kHalf * 2, k % kPer)) *
+             element<B>(all, column * 4 + thread, offsetof(Operands, b), k / kHalf, k % kPer);
     }
     c[i] = static_cast<C>(sum);
   }

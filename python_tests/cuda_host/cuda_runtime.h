@@ -8,6 +8,7 @@
 // holds kUnwritten: NaN of every type, and no data that a test would make), and, with -fsanitize=undefined, misaligned vector
 // loads and indices out of bounds. Behind dynamic shared memory lies a page that nobody may touch.
 #pragma once
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -70,7 +71,9 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t entry;
+  jmp_buf here;  // where it goes on: unlike swapcontext, a jump asks nothing of the system
+  bool started;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
   const char* instruction;  // of the warp, that the lane waits at
@@ -80,7 +83,7 @@ struct Fiber {
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline const char* failure = "no error";
 inline char* dynamic_shared = nullptr;  // of the block
@@ -91,7 +94,16 @@ inline Fiber& current() { return fibers[threadIdx.x]; }
 
 inline void wait(State state) {
   current().state = state;
-  swapcontext(&current().context, &scheduler);
+  if (_setjmp(current().here) == 0) _longjmp(scheduler, 1);
+}
+
+// Runs the current fiber until it waits.
+inline void resume() {
+  Fiber& fiber = current();
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  setcontext(&fiber.entry);
 }
 
 // Ends the launch with an error.
@@ -111,9 +123,11 @@ template <class T>
 struct Offers {
   unsigned slot;
 
+  const char* at(unsigned lane) const { return fibers[threadIdx.x / kWarp * kWarp + lane].offers[slot]; }
+
   T operator[](unsigned lane) const {
     T offer;
-    memcpy(&offer, fibers[threadIdx.x / kWarp * kWarp + lane].offers[slot], sizeof offer);
+    memcpy(&offer, at(lane), sizeof offer);
     return offer;
   }
 };
@@ -177,7 +191,7 @@ inline bool step_warp(unsigned warp) {
   for (unsigned i = 0; i < kWarp; ++i) {
     threadIdx.x = warp * kWarp + (host_threads_reversed ? kWarp - 1 - i : i);
     if (current().state != State::kReady) continue;
-    swapcontext(&scheduler, &current().context);
+    resume();
     if (current().state == State::kFailed) return false;
     progress = true;
   }
@@ -207,13 +221,14 @@ inline bool run_block() {
   unwrite(__start_cuda_shared, __stop_cuda_shared - __start_cuda_shared);
   unwrite(dynamic_shared, dynamic_bytes);
   for (Fiber& fiber : fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
+    getcontext(&fiber.entry);
+    fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+    fiber.entry.uc_stack.ss_size = kStackBytes;
+    fiber.started = false;
     fiber.state = State::kReady;
     fiber.meetings = 0;
     fiber.copies.assign(1, {});
-    makecontext(&fiber.context, run_fiber, 0);
+    makecontext(&fiber.entry, run_fiber, 0);
   }
   while (true) {
     for (unsigned i = 0; i < warps; ++i) {

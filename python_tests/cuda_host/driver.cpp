@@ -1,5 +1,6 @@
 // The CUDA kernels of csrc/cuda, run on the CPU behind C functions that test_cuda_host.py calls through ctypes.
 #include "../../csrc/cuda/kd_loss.cu"
+#include "../../csrc/cuda/status.cu"
 
 namespace {
 

@@ -1,0 +1,337 @@
+// quant_linear on CUDA: y = activation(x W^T + bias) + residual on the tensor cores' 8-bit integers, exact in int32.
+//
+// A block of 4 warps computes kM rows by kN output features, a quarter per warp, over all columns. Tiles of 64 columns of both sides
+// come by cp.async, kStages deep, one barrier a tile. A warp's 64 x 64 reads 4 KB of shared memory for 32 products of 16 x 8 x 32: at the
+// multiplication's full rate that is all that shared memory gives, and with a warp tile half as large it would be too little. Weights below
+// 8 bits become int8 in registers: word of codes, mask, one multiplication by the step with the offset added, one xor.
+//
+// The sums then cross shared memory, so that scales, bias, activation and residual are applied where a thread has 8 neighbouring columns:
+// 16-byte reads and writes.
+//
+// 4096 x 3072 x 768 are 19.3 G operations, 9.8 us at the 1979 TOPS of an H200; reading and writing, 31 MB in bf16, are 6.4 us.
+#include "quant_linear.h"
+
+#include "launch.h"
+#include "mma.h"
+#include "row.h"
+
+namespace kd::cuda {
+namespace {
+
+constexpr int kStages = 4, kThreads = 128, kChunkBytes = 16;
+constexpr int kFewBlocks = 128;  // below that many, large tiles leave multiprocessors idle
+
+template <int kBits>
+constexpr int kCodeBytes = code_bytes(kBits);
+template <int kBits>
+constexpr int kTileBytes = tile_bytes(kBits);
+
+// kSegments: scales change along the columns, so that sums are scaled and added up in fp32 as they come.
+template <int kBits_, int kM_, int kN_, bool kSegments_ = false>
+struct Shape {
+  static constexpr int kBits = kBits_, kM = kM_, kN = kN_;
+  static constexpr bool kSegments = kSegments_;
+  static constexpr int kFragmentsM = kM / 32, kFragmentsN = kN / 16;  // 16 x 8 each, of a warp
+  static constexpr int kPanels = kN / kPanelRows;
+  static constexpr int kStageBytes = kM * kTileColumns + kPanels * kTileBytes<kBits>;
+  static constexpr int kSumStride = kN + 8;  // rows of sums 8 banks apart: the lanes of a fragment meet none twice
+  static constexpr int kSumBytes = kM * kSumStride * 4;
+  static constexpr int kSharedBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+};
+
+// Where a 16-byte chunk of a row of 64 bytes lies.
+__device__ int swizzled(int row, int chunk) { return row * kTileColumns + ((chunk ^ row / 2 % 4) * kChunkBytes); }
+
+// The block's first row and panel, and a lane's place in its warp's part.
+template <class S>
+struct Place {
+  int64_t row, panel;
+  int lane, group, thread;  // as the fragments of mma.h have it
+  int warp_m, warp_n;
+
+  __device__ explicit Place(const QuantLinear& op) {
+    const int64_t row_blocks = (op.rows + S::kM - 1) / S::kM;
+    row = blockIdx.x % row_blocks * S::kM;
+    panel = blockIdx.x / row_blocks * S::kPanels;
+    lane = threadIdx.x % 32;
+    group = lane / 4;
+    thread = lane % 4;
+    warp_m = threadIdx.x / 64 * (S::kM / 2);
+    warp_n = threadIdx.x / 32 % 2 * (S::kN / 2);
+  }
+};
+
+// Starts the copies of one tile of columns. Rows and panels behind the last read the last once more: their sums go nowhere.
+template <class S>
+__device__ void load_tile(const QuantLinear& op, const Place<S>& at, int64_t tile, char* stage) {
+  const QuantWeights& w = op.weights;
+#pragma unroll
+  for (int i = threadIdx.x; i < S::kM * 4; i += kThreads) {
+    const int64_t row = at.row + i / 4 < op.rows ? at.row + i / 4 : op.rows - 1;
+    cp_async(stage + swizzled(i / 4, i % 4), op.a + row * w.depth + tile * kTileColumns + i % 4 * kChunkBytes);
+  }
+  char* to = stage + S::kM * kTileColumns;
+#pragma unroll
+  for (int p = 0; p < S::kPanels; ++p, to += kTileBytes<S::kBits>) {
+    const int64_t panel = at.panel + p < w.panels ? at.panel + p : w.panels - 1;
+    const uint8_t* from = w.codes + (panel * (w.depth / kTileColumns) + tile) * kTileBytes<S::kBits>;
+#pragma unroll
+    for (int i = threadIdx.x * kChunkBytes; i < kTileBytes<S::kBits>; i += kThreads * kChunkBytes) cp_async(to + i, from + i);
+  }
+}
+
+// Four codes, one in each byte, to int8: step * code - offset. With 128 added each byte stays within [1, 255], so that one multiplication
+// and one addition of whole words carry nothing over; the xor takes the 128 off.
+__device__ uint32_t scale_codes(uint32_t codes, uint32_t step, uint32_t raised) { return (codes * step + raised) ^ 0x80808080u; }
+
+// The weights of 8 rows and 32 columns, those from `row` of the panel's tile on.
+template <int kBits>
+__device__ void load_low(const char* tile, int half, int row, int thread, uint32_t (&b)[2]) {
+  static_assert(kBits < 8);
+  const int at = half * kPanelRows + row;
+  const uint32_t both = load_shared<uint8_t>(tile + kCodeBytes<kBits> + at);
+  const uint32_t step = both & ((1u << (8 - kBits)) - 1), zero = (both >> (8 - kBits)) + (1u << (kBits - 1));
+  const uint32_t raised = (128u - (step * zero >> 1)) * 0x01010101u;
+  const char* codes = tile + at * 4 * kBits;
+  if constexpr (kBits == 4) {
+    const uint32_t word = load_shared<uint32_t>(codes + thread * 4);
+    b[0] = word & 0x0f0f0f0fu;
+    b[1] = word >> 4 & 0x0f0f0f0fu;
+  } else {
+    const uint32_t word = load_shared<uint32_t>(codes + thread % 2 * 4) >> (thread / 2 * 2);
+    b[0] = word & 0x03030303u;
+    b[1] = word >> 4 & 0x03030303u;
+  }
+  if constexpr (kBits == 3) {
+    const uint32_t upper = load_shared<uint32_t>(codes + 8) >> thread;
+    b[0] |= (upper & 0x01010101u) << 2;
+    b[1] |= (upper >> 4 & 0x01010101u) << 2;
+  }
+  b[0] = scale_codes(b[0], step, raised);
+  b[1] = scale_codes(b[1], step, raised);
+}
+
+// The weights of 16 output features, the warp's from column n on, and 32 columns.
+template <class S>
+__device__ void load_weights(const Place<S>& at, const char* stage, int half, int n, uint32_t (&b)[2][2]) {
+  const int column = at.warp_n + n, row = column % kPanelRows;
+  const char* tile = stage + S::kM * kTileColumns + column / kPanelRows * kTileBytes<S::kBits>;
+  if constexpr (S::kBits == 8) {
+    uint32_t r[4];
+    ldmatrix<4>(r, tile + swizzled(row + at.lane / 16 * 8 + at.lane % 8, half * 2 + at.lane / 8 % 2));
+    b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+  } else {
+    load_low<S::kBits>(tile, half, row + at.group, at.thread, b[0]);
+    load_low<S::kBits>(tile, half, row + 8 + at.group, at.thread, b[1]);
+  }
+}
+
+template <class S, class T>
+using Sums = T[S::kFragmentsM][S::kFragmentsN][4];
+
+// Adds the products of 32 columns of a tile, its first or second half.
+template <class S>
+__device__ void multiply(const Place<S>& at, const char* stage, int half, Sums<S, int32_t>& sums) {
+  uint32_t a[S::kFragmentsM][4];
+#pragma unroll
+  for (int i = 0; i < S::kFragmentsM; ++i) {
+    ldmatrix<4>(a[i], stage + swizzled(at.warp_m + i * 16 + at.lane % 16, half * 2 + at.lane / 16));
+  }
+#pragma unroll
+  for (int j = 0; j < S::kFragmentsN; j += 2) {
+    uint32_t b[2][2];
+    load_weights<S>(at, stage, half, j * 8, b);
+#pragma unroll
+    for (int i = 0; i < S::kFragmentsM; ++i) {
+      mma<int8_t, int8_t>(sums[i][j], a[i], b[0]);
+      mma<int8_t, int8_t>(sums[i][j + 1], a[i], b[1]);
+    }
+  }
+}
+
+// Scales the sums of a segment that has ended, adds them to the total and starts again.
+template <class S>
+__device__ void end_segment(const QuantLinear& op, const Place<S>& at, int64_t segment, Sums<S, int32_t>& sums, Sums<S, float>& total) {
+  const QuantWeights& w = op.weights;
+  const int64_t first = (segment * w.panels + at.panel) * kPanelRows + at.warp_n;
+#pragma unroll
+  for (int i = 0; i < S::kFragmentsM; ++i) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int64_t row = at.row + at.warp_m + i * 16 + at.group + r / 2 * 8;
+      const int32_t of_row = op.a_sums != nullptr && row < op.rows ? op.a_sums[row * w.segments + segment] : 0;
+#pragma unroll
+      for (int j = 0; j < S::kFragmentsN; ++j) {
+        const int64_t column = first + j * 8 + at.thread * 2 + r % 2;
+        const int32_t sum = sums[i][j][r] - (op.a_sums != nullptr ? w.zeros[column] * of_row : 0);
+        total[i][j][r] += static_cast<float>(sum) * w.scales[column];
+        sums[i][j][r] = 0;
+      }
+    }
+  }
+}
+
+// A thread's sums to their places among the block's.
+template <class S, class T>
+__device__ void stage_sums(const Place<S>& at, const Sums<S, T>& sums, T* staged) {
+#pragma unroll
+  for (int i = 0; i < S::kFragmentsM; ++i) {
+#pragma unroll
+    for (int j = 0; j < S::kFragmentsN; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int m = at.warp_m + i * 16 + at.group + r / 2 * 8, n = at.warp_n + j * 8 + at.thread * 2 + r % 2;
+        staged[m * S::kSumStride + n] = sums[i][j][r];
+      }
+    }
+  }
+}
+
+__device__ float activate(float x, Activation activation) {
+  switch (activation) {
+    case Activation::kNone: return x;
+    case Activation::kRelu: return x < 0.f ? 0.f : x;  // keeps NaN
+    case Activation::kGelu: return 0.5f * x * (1.f + erff(x * 0.70710678118654752f));
+    case Activation::kGeluTanh: return 0.5f * x * (1.f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    case Activation::kTanh: return tanhf(x);
+  }
+  return x;
+}
+
+// Calls use(a zero of the element type).
+template <class Use>
+__device__ void with_type(DType dtype, Use use) {
+  switch (dtype) {
+    case DType::kF32: return use(0.f);
+    case DType::kBF16: return use(__nv_bfloat16());
+    case DType::kF16: return use(__half());
+  }
+}
+
+// `left` or 8 values, whichever is less.
+__device__ void load_values(const void* data, DType dtype, int64_t offset, int64_t stride, int left, float (&x)[kChunk]) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const Chunk<T> chunk = Row<T>(static_cast<const T*>(data) + offset, stride, left, 0).load(0);
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) x[k] = to_float(chunk.at[k]);
+  });
+}
+
+// The block's sums to the output. Of T = int32_t scales and zeros are still to come.
+template <class S, class T>
+__device__ void finish(const QuantLinear& op, const Place<S>& at, const T* staged) {
+  const QuantWeights& w = op.weights;
+  for (int i = threadIdx.x; i < S::kM * S::kN / kChunk; i += kThreads) {
+    const int m = i / (S::kN / kChunk), n = i % (S::kN / kChunk) * kChunk;
+    const int64_t row = at.row + m, column = at.panel * kPanelRows + n;
+    if (row >= op.rows || column >= w.rows) continue;
+    const int left = w.rows - column < kChunk ? static_cast<int>(w.rows - column) : kChunk;
+    const float a_scale = op.a_scale[row];
+    const int32_t of_row = op.a_sums != nullptr ? op.a_sums[row * w.segments] : 0;
+    float bias[kChunk] = {}, y[kChunk];
+    if (op.bias != nullptr) load_values(op.bias, op.bias_dtype, column, 1, left, bias);
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) {
+      T sum = staged[m * S::kSumStride + n + k];
+      float scaled;
+      if constexpr (S::kSegments) {
+        scaled = sum;
+      } else {
+        if (op.a_sums != nullptr) sum -= w.zeros[column + k] * of_row;
+        scaled = static_cast<float>(sum) * w.scales[column + k];
+      }
+      y[k] = activate(fmaf(scaled, a_scale, bias[k]), op.activation);
+    }
+    if (op.residual.data != nullptr) {
+      const RowsView& r = op.residual;
+      const int64_t offset = row / r.inner * r.stride_outer + row % r.inner * r.stride_inner + column * r.stride_column;
+      float residual[kChunk];
+      load_values(r.data, r.dtype, offset, r.stride_column, left, residual);
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) y[k] += residual[k];
+    }
+    with_type(op.x.dtype, [&](auto type) {
+      using Out = decltype(type);
+      Out* out = static_cast<Out*>(op.out) + row * w.rows + column;
+      store(out, left, on_grid(out, 0), 0, y);
+    });
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) multiply_rows(QuantLinear op) {
+  char* shared = dynamic_shared();
+  const Place<S> at(op);
+  const int64_t tiles = op.weights.depth / kTileColumns;
+  const auto stage = [&](int64_t tile) { return shared + tile % kStages * S::kStageBytes; };
+#pragma unroll
+  for (int tile = 0; tile < kStages - 1; ++tile) {
+    if (tile < tiles) load_tile(op, at, tile, stage(tile));
+    cp_async_commit();
+  }
+  Sums<S, int32_t> sums = {};
+  Sums<S, float> total = {};
+  int64_t segment = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // this tile has arrived for all, and all have read the one whose place the next takes
+    if (tile + kStages - 1 < tiles) load_tile(op, at, tile + kStages - 1, stage(tile + kStages - 1));
+    cp_async_commit();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      multiply(at, stage(tile), half, sums);
+      if constexpr (S::kSegments) {
+        const int64_t done = tile * kTileColumns + (half + 1) * kCodeRun;
+        if (done % op.weights.segment == 0 && segment < op.weights.segments) end_segment(op, at, segment++, sums, total);
+      }
+    }
+  }
+  if constexpr (S::kSegments) {
+    if (segment < op.weights.segments) end_segment(op, at, segment, sums, total);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  if constexpr (S::kSegments) {
+    stage_sums(at, total, reinterpret_cast<float*>(shared));
+    __syncthreads();
+    finish(op, at, reinterpret_cast<const float*>(shared));
+  } else {
+    stage_sums(at, sums, reinterpret_cast<int32_t*>(shared));
+    __syncthreads();
+    finish(op, at, reinterpret_cast<const int32_t*>(shared));
+  }
+}
+
+template <class S>
+int64_t blocks(const QuantLinear& op) {
+  return (op.rows + S::kM - 1) / S::kM * ((op.weights.panels + S::kPanels - 1) / S::kPanels);
+}
+
+template <class S>
+int run(const QuantLinear& op, void* stream) {
+  if (blocks<S>(op) > INT32_MAX) return cudaErrorInvalidValue;
+  return launch_shared(multiply_rows<S>, blocks<S>(op), kThreads, S::kSharedBytes, stream, op);
+}
+
+template <int kBits>
+int run_bits(const QuantLinear& op, void* stream) {
+  using Large = Shape<kBits, 128, 128>;
+  return blocks<Large>(op) < kFewBlocks ? run<Shape<kBits, 64, 64>>(op, stream) : run<Large>(op, stream);
+}
+
+}  // namespace
+
+int quant_linear(const QuantLinear& op, void* stream) {
+  if (op.rows == 0) return cudaSuccess;
+  if (op.weights.segments > 1) return run<Shape<8, 64, 64, true>>(op, stream);
+  switch (op.weights.bits) {
+    case 8: return run_bits<8>(op, stream);
+    case 4: return run_bits<4>(op, stream);
+    case 3: return run_bits<3>(op, stream);
+    case 2: return run_bits<2>(op, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace kd::cuda

@@ -1,0 +1,44 @@
+// quant_linear on CUDA: how weights lie for its kernels, and its launchers: a stream in, a status out (0, or a cudaError_t). Nothing here
+// waits for the device.
+//
+// Prepared weights are the sections of `QuantWeights` without a header, each at a multiple of 64 bytes:
+//   codes          per panel of 64 output features and per 64 columns one tile, which lands in shared memory as it is:
+//                  8 bits  [64 rows][64 columns] of int8, code - 128; 16-byte chunk c of row r lies at c ^ (r / 2 % 4), so that
+//                          ldmatrix meets no bank twice
+//                  below   [2 runs of 32 columns][64 rows][4 * bits bytes], a run's bytes as in the packed format, which has the codes
+//                          that one lane of mma.m16n8k32 needs in one word; then [2 runs][64 rows] steps' bytes
+//   scales         [segment][panels * 64] float
+//   zeros          [segment][panels * 64] int32, and column_zeros [depth] int8; only where the scheme has zeros of its own
+//   column_scales  [depth] float; only for groups of columns
+// `steps` and `offsets` of the struct are null: the former lie in the tiles, and activations are signed bytes here, so nothing is to be
+// taken off.
+#pragma once
+#include "../core/packed.h"
+#include "../ops/quant_linear.h"
+
+namespace kd::cuda {
+
+constexpr int kPanelRows = 64, kTileColumns = 64;
+
+constexpr int code_bytes(int bits) { return kPanelRows * kTileColumns * bits / 8; }
+constexpr int tile_bytes(int bits) { return code_bytes(bits) + (bits < 8 ? kPanelRows * kTileColumns / static_cast<int>(kCodeRun) : 0); }
+
+// What the host must know of prepared weights that lie in the device's memory.
+struct QuantLayout {
+  int64_t rows, columns, segment;
+  int bits;
+  bool has_zeros, has_column_scales;
+};
+
+QuantLayout quant_layout(const Packed& packed);
+
+// The pointers into prepared weights that begin at `base`; returns their size.
+int64_t quant_weights(const QuantLayout& layout, const uint8_t* base, QuantWeights& weights);
+
+// From the packed format, in the host's memory, both of them.
+void quant_prepare(const Packed& packed, uint8_t* prepared);
+
+int quantize_rows(const QuantLinear& op, void* stream);
+int quant_linear(const QuantLinear& op, void* stream);
+
+}  // namespace kd::cuda

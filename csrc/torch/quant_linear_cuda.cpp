@@ -1,0 +1,54 @@
+// quant_linear for CUDA tensors: rows of activations to 8 bits, then products, on torch's current stream. Preparing a weight is the
+// host's work and waits for the device, once, when a weight is loaded.
+#include "../cuda/quant_linear.h"
+#include "quant_linear.h"
+#include "stream.h"
+
+namespace kd {
+namespace {
+
+Tensor quant_prepare(const Tensor& packed) {
+  const Tensor on_host = torch::stable::to(packed, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const Packed view = packed_view(on_host);
+  QuantWeights weights;
+  Tensor prepared = new_empty(on_host, {cuda::quant_weights(cuda::quant_layout(view), nullptr, weights)}, ScalarType::Byte);
+  cuda::quant_prepare(view, static_cast<uint8_t*>(prepared.mutable_data_ptr()));
+  return torch::stable::to(prepared, packed.device());
+}
+
+Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                    int64_t out_features, int64_t activation, bool quantize, double input_scale, int64_t layout) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  STD_TORCH_CHECK(quantize, "weight-only products are not served on CUDA");
+  STD_TORCH_CHECK(x.dim() >= 1 && weight.device() == x.device(), "weight must be on the device of x");
+  Packed scheme;
+  const bool known = packed_scheme(layout, out_features, x.size(x.dim() - 1), scheme);
+  STD_TORCH_CHECK(known && out_features > 0, "layout must be that of a PackedWeight");
+  QuantLinear op{};
+  const uint8_t* prepared = bytes_of(weight, "weight");
+  const int64_t bytes = cuda::quant_weights(cuda::quant_layout(scheme), prepared, op.weights);
+  STD_TORCH_CHECK(bytes == weight.numel() && reinterpret_cast<uintptr_t>(prepared) % 16 == 0,
+                  "weight must come from quant_prepare, for x's columns, out_features and layout");
+  const QuantWeights& w = op.weights;
+  const std::vector<int64_t> shape = describe(op, x, bias, residual, out_features, activation, input_scale);
+  Tensor out = new_empty(x, shape, x.scalar_type());
+  Tensor codes = new_empty(x, {op.rows, w.depth}, ScalarType::Char);
+  Tensor scales = new_empty(x, {op.rows}, ScalarType::Float);
+  Tensor sums = new_empty(x, {w.zeros ? op.rows * w.segments : 0}, ScalarType::Int);
+  op.out = out.mutable_data_ptr();
+  op.a = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  op.a_scale = static_cast<float*>(scales.mutable_data_ptr());
+  op.a_sums = w.zeros ? static_cast<int32_t*>(sums.mutable_data_ptr()) : nullptr;
+  void* stream = current_stream(x);
+  check_status(cuda::quantize_rows(op, stream), "quant_linear");
+  check_status(cuda::quant_linear(op, stream), "quant_linear");
+  return out;
+}
+
+}  // namespace
+}  // namespace kd
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
+  m.impl("quant_prepare", TORCH_BOX(&kd::quant_prepare));
+  m.impl("quant_linear", TORCH_BOX(&kd::quant_linear));
+}

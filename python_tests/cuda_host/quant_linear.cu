@@ -1,0 +1,47 @@
+// quant_linear's CUDA sources, run on the CPU behind C functions that quant_linear.py calls through ctypes.
+#include "../../csrc/cuda/quant_linear.cu"
+#include "../../csrc/cuda/quant_prepare.cu"
+#include "../../csrc/cuda/quant_rows.cu"
+
+namespace kd::cuda {
+namespace {
+
+template <int kM, int kN>
+int run_tile(const QuantLinear& op) {
+  switch (op.weights.bits) {
+    case 8: return run<Shape<8, kM, kN>>(op, nullptr);
+    case 4: return run<Shape<4, kM, kN>>(op, nullptr);
+    case 3: return run<Shape<3, kM, kN>>(op, nullptr);
+    default: return run<Shape<2, kM, kN>>(op, nullptr);
+  }
+}
+
+}  // namespace
+}  // namespace kd::cuda
+
+using namespace kd;
+
+extern "C" {
+
+int64_t host_sizeof_quant_linear() { return sizeof(QuantLinear); }
+int64_t host_bank_conflicts() { return cuda_host::bank_conflicts; }
+const char* host_status_text(int status) { return cudaGetErrorString(status); }
+void host_reverse_threads(bool reversed) { host_threads_reversed = reversed; }
+
+// The size of a blob's prepared weights; negative if it is none. Fills the weights of `op`, and `prepared` where that is given.
+int64_t host_prepare(const uint8_t* blob, int64_t size, uint8_t* prepared, QuantLinear* op) {
+  Packed packed;
+  if (parse_packed(blob, size, packed)) return -1;
+  if (prepared) cuda::quant_prepare(packed, prepared);
+  return cuda::quant_weights(cuda::quant_layout(packed), prepared, op->weights);
+}
+
+int host_quantize_rows(const QuantLinear* op) { return cuda::quantize_rows(*op, nullptr); }
+
+// `tile`: 0 as the launcher chooses, else the side of the block's tile.
+int host_quant_linear(const QuantLinear* op, int tile) {
+  if (tile == 0) return cuda::quant_linear(*op, nullptr);
+  return tile == 64 ? cuda::run_tile<64, 64>(*op) : cuda::run_tile<128, 128>(*op);
+}
+
+}  // extern "C"

@@ -1,0 +1,91 @@
+"""quant_linear's CUDA kernels on the CPU, called as csrc/torch/quant_linear_cuda.cpp does."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from kdkernels.ops.quant_linear import ACTIVATION
+
+from . import DTYPE, Guarded, _pointer, build, check
+
+
+class QuantWeights(ctypes.Structure):
+    """kd::QuantWeights of csrc/ops/quant_linear.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "depth", "panels", "segments", "segment")),
+        ("bits", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("codes", "steps", "scales", "offsets", "zeros", "column_zeros")),
+        ("column_scales", ctypes.c_void_p),
+    ]
+
+
+class RowsView(ctypes.Structure):
+    """kd::RowsView."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("inner", ctypes.c_int64), ("strides", ctypes.c_int64 * 3)]
+    _fields_.append(("dtype", ctypes.c_int32))
+
+
+class QuantLinear(ctypes.Structure):
+    """kd::QuantLinear."""
+
+    _fields_ = [
+        ("weights", QuantWeights),
+        ("x", RowsView),
+        ("rows", ctypes.c_int64),
+        ("a", ctypes.c_void_p),
+        ("a_scale", ctypes.c_void_p),
+        ("a_sums", ctypes.c_void_p),
+        ("static_scale", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+        ("bias_dtype", ctypes.c_int32),
+        ("activation", ctypes.c_int64),
+        ("curve", ctypes.c_void_p),
+        ("residual", RowsView),
+        ("out", ctypes.c_void_p),
+    ]
+
+
+def _rows(x: torch.Tensor) -> RowsView:
+    return RowsView(x.data_ptr(), x.shape[0], (ctypes.c_int64 * 3)(0, *x.stride()), DTYPE[x.dtype])
+
+
+class Host:
+    """The kernels, on [rows, features] tensors."""
+
+    def __init__(self, folder: Path):
+        self.library = build("quant_linear.cu", folder)
+        for name in ("host_sizeof_quant_linear", "host_prepare", "host_bank_conflicts"):
+            getattr(self.library, name).restype = ctypes.c_int64
+        assert self.library.host_sizeof_quant_linear() == ctypes.sizeof(QuantLinear)
+
+    def quantize_rows(self, x, packed, input_scale=0.0):
+        """(the call so far, what its pointers need, codes, scales, sums)"""
+        op = QuantLinear()
+        blob = packed.blob
+        size = self.library.host_prepare(_pointer(blob), ctypes.c_int64(blob.numel()), None, ctypes.byref(op))
+        prepared = torch.zeros(size, dtype=torch.uint8)
+        self.library.host_prepare(_pointer(blob), ctypes.c_int64(blob.numel()), _pointer(prepared), ctypes.byref(op))
+        op.x, op.rows, op.static_scale = _rows(x), len(x), input_scale
+        codes = torch.full((len(x), op.weights.depth), 99, dtype=torch.int8)
+        scales = Guarded((len(x),), torch.float32)
+        sums = torch.zeros(len(x), op.weights.segments if op.weights.zeros else 0, dtype=torch.int32)
+        op.a, op.a_scale = _pointer(codes), _pointer(scales.tensor)
+        op.a_sums = _pointer(sums) if op.weights.zeros else None
+        check(self.library, self.library.host_quantize_rows(ctypes.byref(op)))
+        return op, (prepared, x), codes, scales.finished(), sums
+
+    def linear(self, x, packed, bias=None, *, activation=None, residual=None, input_scale=0.0, tile=0):
+        """kdkernels.quant.linear."""
+        op, _alive, _codes, _scales, _sums = self.quantize_rows(x, packed, input_scale)
+        if bias is not None:
+            op.bias, op.bias_dtype = _pointer(bias), DTYPE[bias.dtype]
+        if residual is not None:
+            op.residual = _rows(residual)
+        op.activation = ACTIVATION[activation]
+        out = Guarded((len(x), packed.shape[0]), x.dtype)
+        op.out = _pointer(out.tensor)
+        check(self.library, self.library.host_quant_linear(ctypes.byref(op), tile))
+        return out.finished()

@@ -1,0 +1,105 @@
+"""quant_linear's CUDA kernels, compiled by the host compiler and run on the CPU, against the reference: codes and sums
+to the bit, everything behind them within fp32's rounding."""
+
+import pytest
+import torch
+
+from kdkernels import reference
+from kdkernels.ops.quant_linear import ACTIVATION
+from kdkernels.quant import Scheme, pack
+from kdkernels.reference.quant_linear import quantize_rows
+
+from .cuda_host.quant_linear import Host
+from .test_quant_linear import SCHEMES, assert_close, draw, magnitude, name
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Rows, in and out features: one, one more or less than a tile of 64 or 128, odd ones, more tiles than stages.
+SHAPES = [(1, 64, 64), (65, 100, 63), (3, 33, 129), (130, 330, 2)]
+A8 = [scheme for scheme in SCHEMES if scheme.activation_bits]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return Host(tmp_path_factory.mktemp("quant_linear"))
+
+
+@pytest.mark.parametrize("scheme", A8, ids=name)
+def test_scheme(host, scheme):
+    for index, shape in enumerate(SHAPES):
+        x, weight, bias, residual = draw(*shape)
+        packed = pack(weight, scheme)
+        options = {"activation": list(ACTIVATION)[index], "residual": residual}
+        truth = reference.quant_linear(x, packed, bias, **options)
+        assert_close(host.linear(x, packed, bias, **options), truth, magnitude(x, packed, bias, residual))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_integer_sums_are_exact(host, bits, tile, reverse):
+    """With scales of 1 they come out to the bit, the largest that there can be too; whichever thread goes first."""
+    rows, columns, features = 133, 400, 75
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(features, columns, generator=generator)
+    weight[0] = 1.0
+    x = torch.randint(-127, 128, (rows, columns), generator=generator).float()
+    x[:, 0] = 127.0
+    x[1:3] = torch.tensor([[127.0], [-127.0]])
+    packed = pack(weight, Scheme(bits, "block", 32) if bits < 8 else Scheme())
+    values, scales = packed.factors
+    expected = (x.double() @ values.double().T).float() * scales.view(1, -1)
+    conflicts = host.library.host_bank_conflicts()
+    host.library.host_reverse_threads(reverse)
+    try:
+        assert torch.equal(host.linear(x, packed, tile=tile), expected)
+    finally:
+        host.library.host_reverse_threads(False)
+    assert host.library.host_bank_conflicts() == conflicts
+
+
+@pytest.mark.parametrize("columns", [1, 33, 1024, 1500, 9000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_are_the_reference_s(host, dtype, columns):
+    """However long a row is, so however many threads share it; and in any strides."""
+    generator = torch.Generator().manual_seed(columns)
+    x = (torch.randn(columns, 5, generator=generator) * torch.logspace(-3, 3, 5)).to(dtype).T
+    x[3] = 0
+    packed = pack(torch.randn(3, columns, generator=generator), "int8")
+    for rows in (x, x.contiguous(), x.contiguous()[::2]):
+        _, _, codes, scales, _ = host.quantize_rows(rows, packed)
+        expected, expected_scales = quantize_rows(rows)
+        assert torch.equal(codes[:, :columns].float(), expected.float()) and not codes[:, columns:].any()
+        assert torch.equal(scales, expected_scales.flatten())
+
+
+def test_static_scale_clips(host):
+    x, weight, _, _ = draw(5, 70, 9)
+    packed = pack(weight, "int8")
+    _, _, codes, _, _ = host.quantize_rows(x, packed, input_scale=0.01)
+    assert torch.equal(codes[:, :70].float(), quantize_rows(x, 0.01)[0])
+
+
+def test_what_is_not_finite_stays_in_its_row(host):
+    x, weight, _, _ = draw(4, 70, 9)
+    x = x / x.abs().amax(1, keepdim=True)
+    clean = host.linear(x, packed := pack(weight, "int8"))
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    y = host.linear(x, packed)
+    assert torch.equal(y[[0, 3]], clean[[0, 3]])
+    assert y[1].isnan().all()
+    assert torch.equal(y[2], packed.factors[0][:, 7].sign() * torch.inf)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATION)
+def test_epilogue(host, activation, dtype):
+    """Every activation and element type; a strided residual of another type."""
+    x, weight, bias, residual = draw(9, 96, 70)
+    x = (x / x.abs().amax(1, keepdim=True) * 8).to(dtype)
+    packed = pack(weight, "int8")
+    residual = residual.T.contiguous().T.half()
+    got = host.linear(x, packed, bias.to(dtype), activation=activation, residual=residual)
+    truth = reference.quant_linear(x, packed, bias.to(dtype), activation=activation, residual=residual)
+    limit = {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 2 + 1e-6)
+    assert got.dtype == dtype
+    assert_close(got, truth, magnitude(x, packed, bias.to(dtype), residual), limit)
