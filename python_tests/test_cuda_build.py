@@ -25,6 +25,10 @@ def test_registers_beside_any_torch(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{op}", "CUDA")
 
 
+def test_attention_of_packed_tokens_falls_back_to_torch():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::varlen_attention", "CUDA")
+
+
 @needs_library
 def test_needs_no_cuda_library():
     """The CUDA runtime is inside and opens the driver itself; torch's stream getter is looked up and not linked."""
