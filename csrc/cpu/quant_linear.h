@@ -33,6 +33,12 @@ static inline int64_t quant_code_bytes(const QuantLinear& op) { return (op.rows 
 // Neighbours share their rows and read neighbouring panels.
 static inline int64_t quant_linear_items(const QuantLinear& op) { return op.weights.panels * quant_row_blocks(op); }
 
+// How many neighbours a worker takes in turn: while it multiplies a panel it asks for the next, if that is its own.
+static inline int64_t quant_linear_together(const QuantLinear& op, int64_t workers) {
+  const int64_t share = quant_linear_items(op) / (2 * workers);
+  return share < 1 ? 1 : share < 6 ? share : 6;
+}
+
 // Weights from the packed format to the layout of `QuantWeights`: one run of bytes with a header, 64-byte aligned sections.
 int64_t quant_prepared_bytes(const Packed& packed);
 void quant_prepare(const Packed& packed, uint8_t* prepared);  // which is 64-byte aligned

@@ -216,7 +216,8 @@ inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, PanelVal
 
 // A block on tiles, half a panel of 32 rows at a time, the epilogue of each beside the products of the next. `sums`: of two halves.
 template <Activation kActivation>
-inline void tiled_block(const QuantLinear& op, const QuantBlock& block, PanelValues values, const float* bias, int32_t* sums) {
+inline void tiled_block(const QuantLinear& op, const QuantBlock& block, bool next_is_own, PanelValues values, const float* bias,
+                        int32_t* sums) {
   constexpr int64_t kHalf = kPanelRows / 2;
   const int64_t depth = op.weights.depth;
   struct Half {
@@ -230,7 +231,7 @@ inline void tiled_block(const QuantLinear& op, const QuantBlock& block, PanelVal
   };
   // The next panel, into the second-level cache: lines of it beside every 64 columns of the tiles that this one takes.
   const uint8_t* ahead = op.weights.codes + (block.panel + 1) * depth * kPanelRows * op.weights.bits / 8;
-  const int64_t lines = 4 * op.weights.bits / ((block.rows + kTileRows - 1) / kTileRows);
+  const int64_t lines = next_is_own ? 4 * op.weights.bits / ((block.rows + kTileRows - 1) / kTileRows) : 0;
   const TileScope scope;
   for (int64_t m = 0; m < block.rows; m += kTileRows)
     for (int64_t n = 0; n < kPanelRows; n += kHalf) {
@@ -254,12 +255,13 @@ inline void tiled_block(const QuantLinear& op, const QuantBlock& block, PanelVal
   while (last.rows > 0) finish_row();
 }
 
-inline void tiled_block(const QuantLinear& op, const QuantBlock& block, PanelValues values, const float* bias, int32_t* sums) {
+inline void tiled_block(const QuantLinear& op, const QuantBlock& block, bool next_is_own, PanelValues values, const float* bias,
+                        int32_t* sums) {
   switch (op.activation) {
-    case Activation::kNone: return tiled_block<Activation::kNone>(op, block, values, bias, sums);
-    case Activation::kRelu: return tiled_block<Activation::kRelu>(op, block, values, bias, sums);
-    case Activation::kTanh: return tiled_block<Activation::kTanh>(op, block, values, bias, sums);
-    default: return tiled_block<Activation::kGelu>(op, block, values, bias, sums);
+    case Activation::kNone: return tiled_block<Activation::kNone>(op, block, next_is_own, values, bias, sums);
+    case Activation::kRelu: return tiled_block<Activation::kRelu>(op, block, next_is_own, values, bias, sums);
+    case Activation::kTanh: return tiled_block<Activation::kTanh>(op, block, next_is_own, values, bias, sums);
+    default: return tiled_block<Activation::kGelu>(op, block, next_is_own, values, bias, sums);
   }
 }
 
@@ -278,11 +280,12 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
     return finish_sums(op, block, sums, bias);
   }
   const PanelValues values = panel_values<kTakesCodes>(w, block.panel, 0, w.depth, unpacked);
+  const bool next_is_own = op.together > 1 && (item + 1) % op.together != 0;
 #if defined(__AMX_INT8__)
-  if (tiled(w) && plain(op, block) && block.rows > 16) return tiled_block(op, block, values, bias, sums);
+  if (tiled(w) && plain(op, block) && block.rows > 16) return tiled_block(op, block, next_is_own, values, bias, sums);
 #endif
   const int64_t bytes = op.x.dtype == DType::kF32 ? 4 : 2, tiles = (block.rows + kVnniRows - 1) / kVnniRows;
-  Ahead ahead{w.codes + (block.panel + 1) * w.depth * kPanelRows * w.bits / 8, 8 * kPanelRows * w.bits / 8 / tiles,
+  Ahead ahead{w.codes + (block.panel + 1) * w.depth * kPanelRows * w.bits / 8, next_is_own ? 8 * kPanelRows * w.bits / 8 / tiles : 0,
               op.a + block.first * w.depth, static_cast<char*>(op.out) + (block.first * w.rows + block.panel * kPanelRows) * bytes,
               w.rows * bytes};
   QuantBlock tile = block;

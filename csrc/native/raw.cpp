@@ -180,6 +180,7 @@ class QuantLinearCall {
     op_.a = codes_.get();
     op_.a_scale = scales_.data();
     op_.a_sums = w.zeros ? sums_.data() : nullptr;
+    op_.together = cpu::quant_linear_items(op_);  // one worker's
     op_.activation = static_cast<Activation>(activation);
     op_.curve = curve_;
     op_.out = out_.mutable_data();

@@ -52,6 +52,8 @@ struct QuantLinear {
   const float* curve;  // of the activation: core/gelu_curve.h
   RowsView residual;   // data null: none
   void* out;           // [rows, weights.rows], contiguous, dtype of x
+
+  int64_t together;  // items that a worker takes in turn, from a multiple of it on; 0 or 1: what comes next is another's
 };
 
 }  // namespace kd

@@ -98,7 +98,7 @@ void run_items(int64_t items, int64_t scratch_floats, const F& fn, int64_t toget
   const size_t bytes = (scratch_floats * sizeof(float) + 4095) / 4096 * 4096;  // a page apart: no false sharing
   std::unique_ptr<void, decltype(&std::free)> scratch(bytes ? std::aligned_alloc(4096, bytes * workers) : nullptr, std::free);
   STD_TORCH_CHECK(!bytes || scratch, "out of memory: ", bytes * workers, " bytes of workspace");
-  const int64_t share = std::max<int64_t>(1, std::min(together, items / (4 * workers)));
+  const int64_t share = std::max<int64_t>(1, std::min(together, items / (2 * workers)));
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t worker) {
     float* mine = reinterpret_cast<float*>(static_cast<char*>(scratch.get()) + worker * bytes);

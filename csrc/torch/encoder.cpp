@@ -80,6 +80,7 @@ class Codes {
     op.a_scale = static_cast<float*>(scales_.mutable_data_ptr()) + first;
     op.a_sums = op.weights.zeros ? static_cast<int32_t*>(sums_.mutable_data_ptr()) + first * op.weights.segments : nullptr;
     op.out = out;
+    op.together = cpu::quant_linear_together(op, torch::stable::get_num_threads());
     return op;
   }
 
@@ -156,11 +157,9 @@ class Encoder {
     phases_.add(row_items(op.rows), [this, op](int64_t item, float* scratch) { kernels_.quantize_rows(op, item, scratch); });
   }
 
-  static int64_t together(const QuantLinear& op) { return cpu::quant_row_block(op) * cpu::kPanelRows * sizeof(float); }
-
   void multiply(const QuantLinear& op) {
     phases_.add(cpu::quant_linear_items(op), [this, op](int64_t item, float* scratch) { kernels_.quant_linear(op, item, scratch); },
-                together(op));
+                op.together);
   }
 
   // `next`: which reads the result, in codes; null: none.
@@ -183,7 +182,7 @@ class Encoder {
     const int64_t items = cpu::quant_linear_items(parts.op[0]);
     phases_.add(3 * items, [this, parts, items](int64_t item, float* scratch) {
       kernels_.quant_linear(parts.op[item / items], item % items, scratch);
-    }, together(parts.op[0]));
+    }, parts.op[0].together);
   }
 
   // The context takes the queries' place: an item reads no queries but those whose context it writes.

@@ -37,7 +37,7 @@ class Phases {
   };
 
   static void work(const Phase& phase, Progress& progress, int64_t workers, float* scratch) {
-    const int64_t share = std::max<int64_t>(1, std::min(phase.together, phase.items / (4 * workers)));
+    const int64_t share = std::max<int64_t>(1, std::min(phase.together, phase.items / (2 * workers)));
     for (int64_t first = progress.next.fetch_add(share); first < phase.items; first = progress.next.fetch_add(share)) {
       const int64_t end = std::min(first + share, phase.items);
       for (int64_t item = first; item < end; ++item) phase.run(item, scratch);

@@ -22,6 +22,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   Tensor out = new_tensor(x, shape, x.scalar_type());
   op.out = out.mutable_data_ptr();
   const int64_t items = cpu::quant_linear_items(op);
+  op.together = cpu::quant_linear_together(op, torch::stable::get_num_threads());
   if (!quantize) {
     run_items(items, kernels.quant_linear_float_scratch(op),
               [&](int64_t item, float* scratch) { kernels.quant_linear_float(op, item, scratch); });
@@ -36,8 +37,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   run_items((op.rows + cpu::kQuantizedRows - 1) / cpu::kQuantizedRows, w.depth,
             [&](int64_t item, float* scratch) { kernels.quantize_rows(op, item, scratch); });
   run_items(items, kernels.quant_linear_scratch(op),
-            [&](int64_t item, float* scratch) { kernels.quant_linear(op, item, scratch); },
-            cpu::quant_row_block(op) * cpu::kPanelRows * out.element_size());  // neighbours prefetch for one another
+            [&](int64_t item, float* scratch) { kernels.quant_linear(op, item, scratch); }, op.together);
   return out;
 }
 
