@@ -41,6 +41,12 @@ namespace {
 #include "quant_unpack.inl"
 #include "quant_gemm.inl"
 #include "quant_linear.inl"
+#include "varlen_attention_rows.inl"
+#if defined(__AMX_BF16__)
+#include "varlen_attention_products_amx.inl"
+#else
+#include "varlen_attention_products.inl"
+#endif
 #include "varlen_attention.inl"
 #include "encoder.inl"
 #include "hidden_cosine.inl"

@@ -6,7 +6,7 @@
 
 namespace kd::cpu {
 
-constexpr int64_t kQueryBlock = 96;  // queries of an item: whole tiles of every ISA
+constexpr int64_t kQueryBlock = 192;  // queries of an item: whole tiles of every ISA
 
 // One item = a block of queries of one head of one sequence; those behind a shorter sequence's end have nothing to do.
 static inline int64_t varlen_attention_items(const VarlenAttention& op) {
