@@ -16,8 +16,8 @@ enum TopkStat : int32_t {
 };
 
 struct TopkKdLoss {
-  // Over K + 1 outcomes: contiguous float32 rows that forward writes, the student's relative to its rest's logit. Its mask, temperatures, weights and reduction are the call's; it
-  // has no labels, and backward leaves the gradients of the outcomes in its grad_student.
+  // Over K + 1 outcomes: contiguous float32 rows that forward writes, the student's relative to its rest's logit. Its mask, temperatures,
+  // weights and reduction are the call's; it has no labels, and backward leaves the gradients of the outcomes in its grad_student.
   KdLoss named;
   float* named_student;  // what named.student and named.teacher point to, [rows, K + 1]
   float* named_teacher;

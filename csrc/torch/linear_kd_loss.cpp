@@ -80,7 +80,8 @@ void logits_of(const Head& head, const Tensor& hidden, int64_t first, int64_t n,
   std::optional<Tensor> bias;
   if (head.bias)
     bias = torch::stable::from_blob(static_cast<float*>(head.bias->data_ptr()) + first, {n}, {1}, head.bias->device(), ScalarType::Float);
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(hidden), torch::stable::detail::from(panel_of(head, first, n, ScalarType::Float)),
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(hidden),
+                                    torch::stable::detail::from(panel_of(head, first, n, ScalarType::Float)),
                                     torch::stable::detail::from(bias), torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
@@ -151,7 +152,8 @@ Call describe_linear(const Tensor& student, const Tensor& student_weight, const 
                      const std::optional<Tensor>& mask, const std::optional<Tensor>& labels, const std::optional<Tensor>& row_temperature,
                      int64_t kind, double temperature, bool scale_t2, double beta, double alpha, int64_t ignore_index, int64_t reduction) {
   KdLoss all = describe(student, student, mask, labels, row_temperature, kind, temperature, scale_t2, beta, alpha, ignore_index, reduction);
-  STD_TORCH_CHECK(teacher.dim() == 3 && teacher.size(0) == all.outer && teacher.size(1) == all.inner, "teacher_hidden must have the student's rows");
+  STD_TORCH_CHECK(teacher.dim() == 3 && teacher.size(0) == all.outer && teacher.size(1) == all.inner,
+                  "teacher_hidden must have the student's rows");
   STD_TORCH_CHECK(student_weight.dim() == 2, "student_weight must be [classes, features]");
   all.classes = student_weight.size(0);
   check_labels(all);
