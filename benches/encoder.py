@@ -8,7 +8,6 @@ before it can start (an ONNX file, a quantised one) is made once and kept in --a
 """
 
 import argparse
-import csv
 import hashlib
 import sys
 import time
@@ -23,6 +22,7 @@ from transformers import BertConfig, BertModel
 
 from . import machine
 from .peers.encoder import PACKAGES, PEERS
+from .rows import append
 from .timing import spread
 
 OURS, OURS4, BEST = "kdkernels int8", "kdkernels int4", "openvino int8"
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [{**row, "cosine": cosines[row["implementation"]], **facts, "when": now} for row in rows]
         print(table(case, rows), flush=True)
         if arguments.csv is not None:
-            append(arguments.csv, rows)
+            append(arguments.csv, COLUMNS, rows)
     return 0 if OURS in ready or OURS not in arguments.peers else 1
 
 
@@ -227,15 +227,3 @@ def table(case: Case, rows: list[dict]) -> str:
             f"{row['tokens_per_second']:10.0f} tokens/s{row['cosine']:9.4f}  {ratio}{said}"
         )
     return "\n".join(lines)
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Adds rows to a CSV, with the header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})

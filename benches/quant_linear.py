@@ -10,7 +10,6 @@ medians over the rounds. Tiles (AMX) can exceed it; `percent_of_ceiling` is of t
 """
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from kdkernels.ops.quant_linear import ACTIVATION
 from kdkernels.quant import PackedWeight, linear, pack
 
 from . import machine
+from .rows import append
 
 INPUT, DYNAMIC, MEMORY = "quantised input", "dynamic", "memory"
 # Largest deviation from float64, relative to the largest magnitude.
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             _print(row)
         if arguments.csv is not None:
-            _append(arguments.csv, rows)
+            append(arguments.csv, COLUMNS, [{key: row.get(key) for key in COLUMNS} for row in rows])
     return 1 if failed else 0
 
 
@@ -202,13 +202,3 @@ def _print(row: dict) -> None:
     if row["target"] is not None:
         said += f"   target {row['target']:g} {'reached' if row['reached'] else 'missed'}"
     print(said, flush=True)
-
-
-def _append(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)

@@ -11,7 +11,6 @@ a missed target is printed and is no failure.
 """
 
 import argparse
-import csv
 import math
 import sys
 import time
@@ -30,6 +29,7 @@ from python_tests.steps import STEPS, loss_of
 
 from . import machine, memory, roofline
 from .peers import compiled, eager, liger
+from .rows import append
 from .timing import Runner, interleaved, quick, spread
 
 OURS, EAGER, COMPILE, LIGER, FLOAT32 = "kdkernels", "eager", "torch.compile", "liger", "kdkernels fp32"
@@ -148,7 +148,7 @@ def measure_all(cases: list[Case], device: str, effort: Effort, out: Path | None
             continue
         print(_table(case, rows), flush=True)
         if out is not None:
-            append(out, rows)
+            append(out, COLUMNS, rows)
     return failures
 
 
@@ -246,20 +246,6 @@ def _judgement(case: Case, call: Call, entry: Entry, times: dict) -> dict:
     ratio = median(peer / ours for peer, ours in zip(times[name], times[OURS], strict=True))
     goal = {EAGER: target.eager, COMPILE: target.compile, LIGER: target.liger, FLOAT32: target.float32}[name]
     return {"ratio": ratio, "target": goal, "reached": None if goal is None else ratio >= goal}
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Adds rows to a CSV, with the header where the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            )
 
 
 def _table(case: Case, rows: list[dict]) -> str:

@@ -135,7 +135,7 @@ def test_csv_and_plot(tmp_path):
     table = tmp_path / "rows.csv"
     facts = {"machine": "test", "threads": "1", "torch": "0", "commit": "none"}
     for _ in range(2):
-        run.append(table, run.measure(SMALL, BRIEFLY, CEILINGS, facts))
+        run.append(table, run.COLUMNS, run.measure(SMALL, BRIEFLY, CEILINGS, facts))
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["implementation"] for row in rows] == [run.OURS, run.EAGER] * 2
