@@ -40,8 +40,8 @@ def test_rows_and_figure(tmp_path, monkeypatch, capsys):
     rows = [{**row, "cosine": cosines[row["implementation"]], **extra} for row in rows]
     assert encoder.OURS in encoder.table(SMALL, rows) and "MISSED" in encoder.table(SMALL, rows)
     out = tmp_path / "rows.csv"
-    encoder.append(out, rows)
-    encoder.append(out, [{**row, "case": plot_encoder.MIXED} for row in rows])
+    encoder.append(out, encoder.COLUMNS, rows)
+    encoder.append(out, encoder.COLUMNS, [{**row, "case": plot_encoder.MIXED} for row in rows])
     assert plot_encoder.main([str(out)]) == 0 and (tmp_path / "rows.png").stat().st_size > 10_000
     assert plot_encoder.main([str(tmp_path / "none.csv")]) == 2
 
