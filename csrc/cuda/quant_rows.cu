@@ -69,7 +69,7 @@ struct alignas(8) Codes {
 };
 
 template <class T>
-__global__ void quantize(QuantLinear op, int lanes) {
+__global__ void __launch_bounds__(kMostLanes, 4) quantize(QuantLinear op, int lanes) {
   const QuantWeights& w = op.weights;
   const int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
   const int lane = threadIdx.x % lanes, step = lanes * kChunk;
