@@ -60,6 +60,7 @@ class Limit:
 # shall hold leave no more.
 LIMITS = {
     "kd_loss::": Limit(64),  # two blocks of 512 threads
+    "normalize_rows::": Limit(128),  # a block of 512, which holds the longest rows
     "quant_rows::": Limit(64),  # four blocks of 256
     "quant_linear::multiply_rows": Limit(255),  # two blocks of 128: tiles of 128 x 128 keep 128 sums a thread
     # ptxas gives up a few registers to fit one more block on a multiprocessor; real spilling takes hundreds of bytes.

@@ -67,6 +67,7 @@ def arguments(x, cumulative, blocks, config, all_states=False) -> list:
         ACTIVATION["gelu"],
         1e-12,
         all_states,
+        [part.weight.layout for block in blocks for part in block.linears],
     ]
 
 
@@ -188,7 +189,7 @@ def _swap(given, index, place, value):
         (lambda g: _swap(g, 2, 5, g[2][3]), "as many columns"),
         (lambda g: _swap(g, 2, 3, g[2][3][:-64].clone()), "weight has not the size"),
         (lambda g: _swap(g, 3, 4, g[3][0]), "bias must be contiguous"),
-        (lambda g: _swap(g, 4, 2, g[4][2][1:]), "norms must be float32"),
+        (lambda g: _swap(g, 4, 2, g[4][2][1:]), "norms must be contiguous"),
     ],
 )
 def test_the_op_protects_memory(change, message):

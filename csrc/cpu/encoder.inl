@@ -14,8 +14,10 @@ inline float sum_over(int64_t n, const F& f) {
 
 inline void normalize_row(const NormalizeRows& op, int64_t row) {
   const int64_t n = op.columns;
-  const float *x = op.x + row * n, *residual = op.residual + row * n;
-  float* out = op.out + row * n;
+  const float* x = static_cast<const float*>(op.x) + row * n;
+  const float* residual = static_cast<const float*>(op.residual) + row * n;
+  const float *weight = static_cast<const float*>(op.weight), *bias = static_cast<const float*>(op.bias);
+  float* out = static_cast<float*>(op.out) + row * n;
   const float mean = sum_over(n, [&](int64_t i, int64_t lanes) {
     const vf y = load_up_to(x + i, lanes, 0) + load_up_to(residual + i, lanes, 0);
     store_up_to(out + i, y, lanes);
@@ -29,7 +31,7 @@ inline void normalize_row(const NormalizeRows& op, int64_t row) {
   const vf over = set1(1.0f / __builtin_sqrtf(variance + op.eps));
   for_vectors(n, [&](int64_t i, int64_t lanes) {
     const vf y = (load_up_to(out + i, lanes, 0) - mean) * over;
-    store_up_to(out + i, fma(y, load_up_to(op.weight + i, lanes, 0), load_up_to(op.bias + i, lanes, 0)), lanes);
+    store_up_to(out + i, fma(y, load_up_to(weight + i, lanes, 0), load_up_to(bias + i, lanes, 0)), lanes);
   });
 }
 

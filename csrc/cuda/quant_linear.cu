@@ -42,17 +42,24 @@ struct Shape {
 // Where a 16-byte chunk of a row of 64 bytes lies.
 __device__ int swizzled(int row, int chunk) { return row * kTileColumns + ((chunk ^ row / 2 % 4) * kChunkBytes); }
 
+// Products that one launch does, alike in all but what they read and write.
+struct Products {
+  QuantLinear of[kMostTogether];
+  unsigned blocks;  // of each
+};
+
 // The block's first row and panel, and a lane's place in its warp's part.
 template <class S>
 struct Place {
+  int64_t rows;  // of x that count
   int64_t row, panel;
   int lane, group, thread;  // as the fragments of mma.h have it
   int warp_m, warp_n;
 
-  __device__ explicit Place(const QuantLinear& op) {
+  __device__ Place(const QuantLinear& op, unsigned block) : rows(rows_in_use(op.rows, op.in_use)) {
     const int64_t row_blocks = (op.rows + S::kM - 1) / S::kM;
-    row = blockIdx.x % row_blocks * S::kM;
-    panel = blockIdx.x / row_blocks * S::kPanels;
+    row = block % row_blocks * S::kM;
+    panel = block / row_blocks * S::kPanels;
     lane = threadIdx.x % 32;
     group = lane / 4;
     thread = lane % 4;
@@ -67,7 +74,7 @@ __device__ void load_tile(const QuantLinear& op, const Place<S>& at, int64_t til
   const QuantWeights& w = op.weights;
 #pragma unroll
   for (int i = threadIdx.x; i < S::kM * 4; i += kThreads) {
-    const int64_t row = at.row + i / 4 < op.rows ? at.row + i / 4 : op.rows - 1;
+    const int64_t row = at.row + i / 4 < at.rows ? at.row + i / 4 : at.rows - 1;
     cp_async(stage + swizzled(i / 4, i % 4), op.a + row * w.depth + tile * kTileColumns + i % 4 * kChunkBytes);
   }
   char* to = stage + S::kM * kTileColumns;
@@ -159,7 +166,7 @@ __device__ void end_segment(const QuantLinear& op, const Place<S>& at, int64_t s
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int64_t row = at.row + at.warp_m + i * 16 + at.group + r / 2 * 8;
-      const int32_t of_row = op.a_sums != nullptr && row < op.rows ? op.a_sums[row * w.segments + segment] : 0;
+      const int32_t of_row = op.a_sums != nullptr && row < at.rows ? op.a_sums[row * w.segments + segment] : 0;
 #pragma unroll
       for (int j = 0; j < S::kFragmentsN; ++j) {
         const int64_t column = first + j * 8 + at.thread * 2 + r % 2;
@@ -198,26 +205,6 @@ __device__ float activate(float x, Activation activation) {
   return x;
 }
 
-// Calls use(a zero of the element type).
-template <class Use>
-__device__ void with_type(DType dtype, Use use) {
-  switch (dtype) {
-    case DType::kF32: return use(0.f);
-    case DType::kBF16: return use(__nv_bfloat16());
-    case DType::kF16: return use(__half());
-  }
-}
-
-// `left` or 8 values, whichever is less.
-__device__ void load_values(const void* data, DType dtype, int64_t offset, int64_t stride, int left, float (&x)[kChunk]) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    const Chunk<T> chunk = Row<T>(static_cast<const T*>(data) + offset, stride, left, 0).load(0);
-#pragma unroll
-    for (int k = 0; k < kChunk; ++k) x[k] = to_float(chunk.at[k]);
-  });
-}
-
 // The block's sums to the output. Of T = int32_t scales and zeros are still to come.
 template <class S, class T>
 __device__ void finish(const QuantLinear& op, const Place<S>& at, const T* staged) {
@@ -225,7 +212,7 @@ __device__ void finish(const QuantLinear& op, const Place<S>& at, const T* stage
   for (int i = threadIdx.x; i < S::kM * S::kN / kChunk; i += kThreads) {
     const int m = i / (S::kN / kChunk), n = i % (S::kN / kChunk) * kChunk;
     const int64_t row = at.row + m, column = at.panel * kPanelRows + n;
-    if (row >= op.rows || column >= w.rows) continue;
+    if (row >= at.rows || column >= w.rows) continue;
     const int left = w.rows - column < kChunk ? static_cast<int>(w.rows - column) : kChunk;
     const float a_scale = op.a_scale[row];
     const int32_t of_row = op.a_sums != nullptr ? op.a_sums[row * w.segments] : 0;
@@ -260,9 +247,11 @@ __device__ void finish(const QuantLinear& op, const Place<S>& at, const T* stage
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) multiply_rows(QuantLinear op) {
+__global__ void __launch_bounds__(kThreads) multiply_rows(const __grid_constant__ Products products) {
   char* shared = dynamic_shared();
-  const Place<S> at(op);
+  const QuantLinear& op = products.of[blockIdx.x / products.blocks];
+  const Place<S> at(op, blockIdx.x % products.blocks);
+  if (at.row >= at.rows) return;
   const int64_t tiles = op.weights.depth / kTileColumns;
   const auto stage = [&](int64_t tile) { return shared + tile % kStages * S::kStageBytes; };
 #pragma unroll
@@ -309,29 +298,34 @@ int64_t blocks(const QuantLinear& op) {
 }
 
 template <class S>
-int run(const QuantLinear& op, void* stream) {
-  if (blocks<S>(op) > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_shared(multiply_rows<S>, blocks<S>(op), kThreads, S::kSharedBytes, stream, op);
+int run(const QuantLinear* ops, int count, void* stream) {
+  const int64_t each = blocks<S>(ops[0]);
+  if (each * count > INT32_MAX) return cudaErrorInvalidValue;
+  Products products = {{}, static_cast<unsigned>(each)};
+  for (int i = 0; i < count; ++i) products.of[i] = ops[i];
+  return launch_shared(multiply_rows<S>, each * count, kThreads, S::kSharedBytes, stream, products);
 }
 
 template <int kBits>
-int run_bits(const QuantLinear& op, void* stream) {
+int run_bits(const QuantLinear* ops, int count, void* stream) {
   using Large = Shape<kBits, 128, 128>;
-  return blocks<Large>(op) < kFewBlocks ? run<Shape<kBits, 64, 64>>(op, stream) : run<Large>(op, stream);
+  return blocks<Large>(ops[0]) * count < kFewBlocks ? run<Shape<kBits, 64, 64>>(ops, count, stream) : run<Large>(ops, count, stream);
 }
 
 }  // namespace
 
-int quant_linear(const QuantLinear& op, void* stream) {
-  if (op.rows == 0) return cudaSuccess;
-  if (op.weights.segments > 1) return run<Shape<8, 64, 64, true>>(op, stream);
-  switch (op.weights.bits) {
-    case 8: return run_bits<8>(op, stream);
-    case 4: return run_bits<4>(op, stream);
-    case 3: return run_bits<3>(op, stream);
-    case 2: return run_bits<2>(op, stream);
+int quant_linear(const QuantLinear* ops, int count, void* stream) {
+  if (ops[0].rows == 0) return cudaSuccess;
+  if (ops[0].weights.segments > 1) return run<Shape<8, 64, 64, true>>(ops, count, stream);
+  switch (ops[0].weights.bits) {
+    case 8: return run_bits<8>(ops, count, stream);
+    case 4: return run_bits<4>(ops, count, stream);
+    case 3: return run_bits<3>(ops, count, stream);
+    case 2: return run_bits<2>(ops, count, stream);
   }
   return cudaErrorInvalidValue;
 }
+
+int quant_linear(const QuantLinear& op, void* stream) { return quant_linear(&op, 1, stream); }
 
 }  // namespace kd::cuda

@@ -41,4 +41,8 @@ void quant_prepare(const Packed& packed, uint8_t* prepared);
 int quantize_rows(const QuantLinear& op, void* stream);
 int quant_linear(const QuantLinear& op, void* stream);
 
+// Up to kMostTogether at once: products of as many rows, with weights of one shape and one scheme.
+constexpr int kMostTogether = 3;
+int quant_linear(const QuantLinear* ops, int count, void* stream);
+
 }  // namespace kd::cuda

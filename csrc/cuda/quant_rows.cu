@@ -1,40 +1,16 @@
-// Rows of activations to signed 8-bit codes: q = round(x / scale), |q| <= 127, scale = max|x| / 127 of the row, or one that is given.
+// Rows of activations to signed 8-bit codes (quantize.h).
 //
 // Bytes are the limit: a row is read twice, the second time from the first-level cache, and a byte a column is written: 4096 x 768 in
 // bf16 are 9.4 MB, 2 us at 4.8 TB/s. A row belongs to a warp, or to a block where it is long.
-//
-// What is not finite behaves as on the CPU: a row that holds NaN gets the scale NaN, one that holds Inf the scale Inf and codes of +-127
-// where x is infinite, 0 elsewhere. The scale never falls below the smallest normal number, so 1 / scale is finite.
-#include <cfloat>
-#include <cstring>
-
 #include "group.h"
 #include "launch.h"
 #include "quant_linear.h"
-#include "row.h"
+#include "quantize.h"
 
 namespace kd::cuda {
 namespace {
 
 constexpr int kRowThreads = 128, kMostLanes = 256, kColumnsPerLane = 32;
-constexpr int32_t kInfinityBits = 0x7f800000;
-
-struct MaxBits {
-  __device__ int32_t operator()(int32_t a, int32_t b) const { return a > b ? a : b; }
-};
-
-// As integers magnitudes are ordered as the floats are, with NaN above Inf above all numbers.
-__device__ int32_t magnitude_bits(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits & 0x7fffffff;
-}
-
-__device__ float from_bits(int32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // The 8 columns from `first` on, times the weights' scales of columns; 0 behind the last.
 template <class T>
@@ -48,32 +24,14 @@ __device__ void columns(const QuantWeights& w, const Row<T>& row, int first, flo
   }
 }
 
-struct Quantizer {
-  float scale, inverse;
-  bool infinite;
-
-  __device__ Quantizer(int32_t largest_bits, float static_scale) : infinite(largest_bits == kInfinityBits) {
-    scale = static_scale > 0.f && largest_bits < kInfinityBits ? static_scale : from_bits(largest_bits) / 127.f;
-    if (scale < FLT_MIN) scale = FLT_MIN;
-    inverse = 1.f / scale;
-  }
-
-  __device__ int8_t operator()(float x) const {
-    if (infinite) return static_cast<int8_t>(x == INFINITY ? 127 : x == -INFINITY ? -127 : 0);
-    return static_cast<int8_t>(rintf(fminf(fmaxf(x * inverse, -127.f), 127.f)));
-  }
-};
-
-struct alignas(8) Codes {
-  int8_t at[kChunk];
-};
-
 template <class T>
 __global__ void __launch_bounds__(kMostLanes, 4) quantize(QuantLinear op, int lanes) {
   const QuantWeights& w = op.weights;
-  const int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
+  const int64_t rows = rows_in_use(op.rows, op.in_use), first_row = int64_t(blockIdx.x) * (blockDim.x / lanes);
+  if (first_row >= rows) return;
+  const int64_t row = first_row + threadIdx.x / lanes;
   const int lane = threadIdx.x % lanes, step = lanes * kChunk;
-  const bool exists = row < op.rows;  // lanes without a row run along, for the reductions
+  const bool exists = row < rows;  // lanes without a row run along, for the reductions
   const int64_t offset = exists ? row / op.x.inner * op.x.stride_outer + row % op.x.inner * op.x.stride_inner : 0;
   const int real = exists ? static_cast<int>(w.columns) : 0, depth = exists ? static_cast<int>(w.depth) : 0;
   const Row<T> x(static_cast<const T*>(op.x.data) + offset, op.x.stride_column, real, 0);
@@ -82,8 +40,7 @@ __global__ void __launch_bounds__(kMostLanes, 4) quantize(QuantLinear op, int la
   for (int first = lane * kChunk; first < real; first += step) {
     float values[kChunk];
     columns(w, x, first, values);
-#pragma unroll
-    for (int k = 0; k < kChunk; ++k) largest[0] = MaxBits()(largest[0], magnitude_bits(values[k]));
+    largest[0] = largest_bits(values, largest[0]);
   }
   reduce<MaxBits>(largest, lanes);
   const Quantizer quantizer(largest[0], op.static_scale);
@@ -96,13 +53,7 @@ __global__ void __launch_bounds__(kMostLanes, 4) quantize(QuantLinear op, int la
     for (int first = static_cast<int>(segment * w.segment) + lane * kChunk; first < end; first += step) {
       float values[kChunk];
       columns(w, x, first, values);
-      Codes codes;
-#pragma unroll
-      for (int k = 0; k < kChunk; ++k) {
-        codes.at[k] = quantizer(values[k]);
-        if (op.a_sums != nullptr) sum[0] += codes.at[k] * w.column_zeros[first + k];
-      }
-      *reinterpret_cast<Codes*>(op.a + row * w.depth + first) = codes;
+      sum[0] += store_codes(op, row, first, quantizer, values);
     }
     if (op.a_sums == nullptr) continue;
     reduce<Sum>(sum, lanes);

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../ops/dtype.h"
+
 namespace kd::cuda {
 
 constexpr int kChunk = 8;
@@ -106,5 +108,28 @@ __device__ void store(T* data, int classes, bool vector, int first, const float 
     }
   }
 }
+
+// Calls use(a zero of the element type).
+template <class Use>
+__device__ void with_type(DType dtype, Use use) {
+  switch (dtype) {
+    case DType::kF32: return use(0.f);
+    case DType::kBF16: return use(__nv_bfloat16());
+    case DType::kF16: return use(__half());
+  }
+}
+
+// `left` or 8 values, whichever is less.
+__device__ inline void load_values(const void* data, DType dtype, int64_t offset, int64_t stride, int left, float (&x)[kChunk]) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const Chunk<T> chunk = Row<T>(static_cast<const T*>(data) + offset, stride, left, 0).load(0);
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) x[k] = to_float(chunk.at[k]);
+  });
+}
+
+// How many of a call's rows there are, where only the device knows: see QuantLinear.
+__device__ inline int64_t rows_in_use(int64_t rows, const int32_t* in_use) { return in_use != nullptr && *in_use < rows ? *in_use : rows; }
 
 }  // namespace kd::cuda

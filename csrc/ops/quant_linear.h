@@ -53,6 +53,8 @@ struct QuantLinear {
   RowsView residual;   // data null: none
   void* out;           // [rows, weights.rows], contiguous, dtype of x
 
+  const int32_t* in_use;  // CUDA: how many of the rows there are, from the first on, in the device's memory; null: all
+
   int64_t together;  // items that a worker takes in turn, from a multiple of it on; 0 or 1: what comes next is another's
 };
 

@@ -6,56 +6,14 @@
 // the three projections share. What follows attention passes a chunk of tokens at a time, so that the widest activations stay in cache.
 #include <cmath>
 
+#include "encoder.h"
 #include "phases.h"
-#include "quant_linear.h"
 #include "varlen_attention.h"
 
 namespace kd {
 namespace {
 
 constexpr int64_t kChunkTokens = 480;  // their widest activations, 3072 floats each, take 6 MB
-
-struct Block {
-  QuantLinear qkv[3], output, up, down;
-  const float *attention_weight, *attention_bias, *output_weight, *output_bias;  // of the norms
-};
-
-constexpr size_t kLinears = 6, kNormTensors = 4;
-
-QuantLinear linear_of(const Tensor& weight, const Tensor& bias, int64_t columns) {
-  QuantLinear op{};
-  describe_weights(weight, op.weights);
-  describe_bias(bias, op);
-  STD_TORCH_CHECK(op.weights.columns == columns, "weights must have as many columns as what they multiply");
-  STD_TORCH_CHECK(!op.weights.column_scales, "weights must not scale columns: projections share their codes");
-  return op;
-}
-
-const float* norm_of(const Tensor& x, int64_t columns) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == columns, "norms must be float32 [features]");
-  return static_cast<const float*>(x.const_data_ptr());
-}
-
-Block block_of(const Tensor* weights, const Tensor* biases, const Tensor* norms, int64_t features, int64_t activation) {
-  Block block{};
-  for (int i = 0; i < 3; ++i) {
-    QuantLinear& part = block.qkv[i];
-    part = linear_of(weights[i], biases[i], features);
-    const QuantWeights &w = part.weights, &first = block.qkv[0].weights;
-    STD_TORCH_CHECK(w.rows == first.rows && w.segment == first.segment && !w.zeros == !first.zeros,
-                    "projections must have one shape and one scheme");
-  }
-  block.output = linear_of(weights[3], biases[3], block.qkv[0].weights.rows);
-  block.up = linear_of(weights[4], biases[4], features);
-  block.down = linear_of(weights[5], biases[5], block.up.weights.rows);
-  describe_activation(activation, block.up);
-  STD_TORCH_CHECK(block.output.weights.rows == features && block.down.weights.rows == features, "blocks must end in x's features");
-  block.attention_weight = norm_of(norms[0], features);
-  block.attention_bias = norm_of(norms[1], features);
-  block.output_weight = norm_of(norms[2], features);
-  block.output_bias = norm_of(norms[3], features);
-  return block;
-}
 
 // Memory for codes of rows, for any of the linears that `fits` has been told of.
 class Codes {
@@ -91,12 +49,12 @@ class Codes {
 
 class Encoder {
  public:
-  Encoder(const Tensor& x, const std::vector<Block>& blocks, const VarlenAttention& attention, float eps)
-      : kernels_(table()), tokens_(x.size(0)), features_(x.size(1)), attention_(attention), eps_(eps) {
+  Encoder(const Tensor& x, const std::vector<EncoderBlock>& blocks, const VarlenAttention& attention)
+      : kernels_(table()), tokens_(x.size(0)), features_(x.size(1)), attention_(attention) {
     const int64_t chunks = std::max<int64_t>(1, (tokens_ + kChunkTokens - 1) / kChunkTokens);
     chunk_ = round_up_to((tokens_ + chunks - 1) / chunks, 48);  // whole tiles
     int64_t inner = 0, wide = 0;
-    for (const Block& block : blocks) {
+    for (const EncoderBlock& block : blocks) {
       inner = std::max(inner, block.qkv[0].weights.rows);
       wide = std::max(wide, block.up.weights.rows);
       hidden_codes_.fit(block.qkv[0], tokens_);
@@ -119,10 +77,10 @@ class Encoder {
     wide_ = attended_ + chunk_ * features_;
   }
 
-  void quantize(const Block& block, const float* x) { quantize(hidden_codes_.bind(block.qkv[0], x, 0, tokens_, nullptr)); }
+  void quantize(const EncoderBlock& block, const float* x) { quantize(hidden_codes_.bind(block.qkv[0], x, 0, tokens_, nullptr)); }
 
   // One block from x, whose codes are there, to y, which may be x; codes of y for `next` unless that is null.
-  void add(const Block& block, const float* x, float* y, const Block* next) {
+  void add(const EncoderBlock& block, const float* x, float* y, const EncoderBlock* next) {
     project(block, x);
     attend(block);
     for (int64_t first = 0; first < tokens_; first += chunk_) {
@@ -130,9 +88,10 @@ class Encoder {
       const QuantLinear output = chunk_codes_.bind(block.output, projected_[0] + first * width, 0, rows, sum_);
       const QuantLinear up = chunk_codes_.bind(block.up, attended_, 0, rows, wide_);
       const QuantLinear down = wide_codes_.bind(block.down, wide_, 0, rows, sum_);
-      const NormalizeRows attended{sum_,      x + first * features_, rows, features_, block.attention_weight, block.attention_bias, eps_,
-                                   attended_};
-      const NormalizeRows ended{sum_, attended_, rows, features_, block.output_weight, block.output_bias, eps_, y + first * features_};
+      const float* residual = x + first * features_;
+      float* result = y + first * features_;
+      const NormalizeRows attended = bind(block.attention_norm, residual, rows, attended_);
+      const NormalizeRows ended = bind(block.output_norm, attended_, rows, result);
       quantize(output);
       multiply(output);
       normalize(attended, &up);
@@ -143,7 +102,7 @@ class Encoder {
         normalize(ended, nullptr);
         continue;
       }
-      const QuantLinear following = hidden_codes_.bind(next->qkv[0], ended.out, first, rows, nullptr);
+      const QuantLinear following = hidden_codes_.bind(next->qkv[0], result, first, rows, nullptr);
       normalize(ended, &following);
     }
   }
@@ -151,6 +110,15 @@ class Encoder {
   void run() const { phases_.run(scratch_); }
 
  private:
+  // op on the first rows of sum_.
+  NormalizeRows bind(NormalizeRows op, const float* residual, int64_t rows, float* out) const {
+    op.x = sum_;
+    op.residual = residual;
+    op.rows = rows;
+    op.out = out;
+    return op;
+  }
+
   static int64_t row_items(int64_t rows) { return (rows + cpu::kQuantizedRows - 1) / cpu::kQuantizedRows; }
 
   void quantize(const QuantLinear& op) {
@@ -174,7 +142,7 @@ class Encoder {
     });
   }
 
-  void project(const Block& block, const float* x) {
+  void project(const EncoderBlock& block, const float* x) {
     struct Parts {
       QuantLinear op[3];
     } parts;
@@ -186,7 +154,7 @@ class Encoder {
   }
 
   // The context takes the queries' place: an item reads no queries but those whose context it writes.
-  void attend(const Block& block) {
+  void attend(const EncoderBlock& block) {
     VarlenAttention op = attention_;
     const int64_t width = block.qkv[0].weights.rows;
     op.size = width / op.heads;
@@ -203,7 +171,6 @@ class Encoder {
   const cpu::Table& kernels_;
   const int64_t tokens_, features_;
   VarlenAttention attention_;
-  const float eps_;
   int64_t chunk_, scratch_ = 0;
   Codes hidden_codes_, chunk_codes_, wide_codes_;
   Tensor floats_;
@@ -212,29 +179,26 @@ class Encoder {
 };
 
 Tensor encoder(const Tensor& x, const Tensor& cu_seqlens, std::vector<Tensor> weights, std::vector<Tensor> biases,
-               std::vector<Tensor> norms, int64_t num_heads, int64_t activation, double eps, bool all_states) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
-                  "x must be contiguous float32 [tokens, features]");
-  const size_t count = weights.size() / kLinears;
-  STD_TORCH_CHECK(count > 0 && weights.size() == count * kLinears && biases.size() == weights.size() &&
-                      norms.size() == count * kNormTensors,
-                  "a block has 6 weights, 6 biases and 4 tensors of norms");
+               std::vector<Tensor> norms, int64_t num_heads, int64_t activation, double eps, bool all_states,
+               std::vector<int64_t> /*layouts: the headers of weights have them*/) {
+  const std::vector<EncoderBlock> blocks = encoder_blocks(
+      x, weights, biases, norms, num_heads, activation, eps,
+      [&](size_t i, int64_t /*columns: the header has them*/, QuantWeights& w) { describe_weights(weights[i], w); });
+  const size_t count = blocks.size();
   const int64_t tokens = x.size(0), features = x.size(1), states = all_states ? count : 1;
-  std::vector<Block> blocks;
   VarlenAttention attention{};
   attention.heads = num_heads;
-  for (size_t i = 0; i < count; ++i) {
-    blocks.push_back(block_of(&weights[i * kLinears], &biases[i * kLinears], &norms[i * kNormTensors], features, activation));
-    const int64_t width = blocks[i].qkv[0].weights.rows;
-    STD_TORCH_CHECK(num_heads > 0 && width % num_heads == 0, "num_heads must divide the projections' features");
-    attention.size = std::max(attention.size, width / num_heads);
+  for (const EncoderBlock& block : blocks) {
+    for (const NormalizeRows* norm : {&block.attention_norm, &block.output_norm})
+      STD_TORCH_CHECK(norm->dtype == DType::kF32 && norm->norm_dtype == DType::kF32, "x and norms must be float32 on the CPU");
+    attention.size = std::max(attention.size, block.qkv[0].weights.rows / num_heads);
   }
   describe_sequences(cu_seqlens, tokens, attention);
   Tensor out = new_tensor(x, {states, tokens, features}, ScalarType::Float);
   const float* from = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(out.mutable_data_ptr());
   if (tokens == 0) return out;
-  Encoder encoder(x, blocks, attention, static_cast<float>(eps));
+  Encoder encoder(x, blocks, attention);
   encoder.quantize(blocks[0], from);
   for (size_t i = 0; i < count; ++i) {
     encoder.add(blocks[i], from, to, i + 1 < count ? &blocks[i + 1] : nullptr);

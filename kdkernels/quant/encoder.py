@@ -150,6 +150,7 @@ def run_blocks(x: torch.Tensor, cumulative: torch.Tensor, blocks: list, config, 
         ACTIVATION[architectures.activation(config)],
         norms[0].eps,
         keep_all,
+        [part.weight.layout for block in blocks for part in block.linears],
     )
     return list(states.unbind(0))
 

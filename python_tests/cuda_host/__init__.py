@@ -83,8 +83,8 @@ FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC
          "-fno-sanitize-recover=all")  # fmt: skip
 
 
-def build(source: str, folder: Path) -> ctypes.CDLL:
-    """A file of this folder, which includes kernels, compiled for the CPU. Undefined behaviour ends the process.
+def build(source: str, folder: Path, *others: str) -> ctypes.CDLL:
+    """Files of this folder, which include kernels, compiled for the CPU. Undefined behaviour ends the process.
 
     Where the machine can, products are fused into additions, as nvcc does.
     """
@@ -94,7 +94,18 @@ def build(source: str, folder: Path) -> ctypes.CDLL:
     library = folder / f"lib{Path(source).stem}.so"
     cpu = Path("/proc/cpuinfo")
     fused = ("-mfma", "-ffp-contract=fast") if cpu.exists() and " fma " in cpu.read_text() else ()
-    command = [compiler, *FLAGS, *fused, "-I", HERE, "-x", "c++", HERE / source, "-o", library]
+    command = [
+        compiler,
+        *FLAGS,
+        *fused,
+        "-I",
+        HERE,
+        "-o",
+        library,
+        "-x",
+        "c++",
+        *(HERE / name for name in (source, *others)),
+    ]
     subprocess.run(list(map(str, command)), check=True)
     host = ctypes.CDLL(str(library))
     host.host_status_text.restype = ctypes.c_char_p

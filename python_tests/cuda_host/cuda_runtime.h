@@ -28,6 +28,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static __attribute__((section("cuda_shared")))
 
 struct alignas(16) uint4 {

@@ -9,10 +9,10 @@ namespace {
 template <int kM, int kN>
 int run_tile(const QuantLinear& op) {
   switch (op.weights.bits) {
-    case 8: return run<Shape<8, kM, kN>>(op, nullptr);
-    case 4: return run<Shape<4, kM, kN>>(op, nullptr);
-    case 3: return run<Shape<3, kM, kN>>(op, nullptr);
-    default: return run<Shape<2, kM, kN>>(op, nullptr);
+    case 8: return run<Shape<8, kM, kN>>(&op, 1, nullptr);
+    case 4: return run<Shape<4, kM, kN>>(&op, 1, nullptr);
+    case 3: return run<Shape<3, kM, kN>>(&op, 1, nullptr);
+    default: return run<Shape<2, kM, kN>>(&op, 1, nullptr);
   }
 }
 

@@ -45,6 +45,7 @@ class QuantLinear(ctypes.Structure):
         ("curve", ctypes.c_void_p),
         ("residual", RowsView),
         ("out", ctypes.c_void_p),
+        ("in_use", ctypes.c_void_p),
         ("together", ctypes.c_int64),
     ]
 
@@ -56,14 +57,14 @@ def _rows(x: torch.Tensor) -> RowsView:
 class Host:
     """The kernels, on [rows, features] tensors."""
 
-    def __init__(self, folder: Path):
-        self.library = build("quant_linear.cu", folder)
+    def __init__(self, folder: Path, *others: str):
+        self.library = build("quant_linear.cu", folder, *others)
         for name in ("host_sizeof_quant_linear", "host_prepare", "host_bank_conflicts"):
             getattr(self.library, name).restype = ctypes.c_int64
         assert self.library.host_sizeof_quant_linear() == ctypes.sizeof(QuantLinear)
 
-    def quantize_rows(self, x, packed, input_scale=0.0):
-        """(the call so far, what its pointers need, codes, scales, sums)"""
+    def reader(self, x, packed, input_scale=0.0):
+        """(the call that reads x as codes, before they are made; what its pointers need; codes, scales, sums)"""
         op = QuantLinear()
         blob = packed.blob
         size = self.library.host_prepare(_pointer(blob), ctypes.c_int64(blob.numel()), None, ctypes.byref(op))
@@ -75,8 +76,13 @@ class Host:
         sums = torch.zeros(len(x), op.weights.segments if op.weights.zeros else 0, dtype=torch.int32)
         op.a, op.a_scale = _pointer(codes), _pointer(scales.tensor)
         op.a_sums = _pointer(sums) if op.weights.zeros else None
+        return op, (prepared, x), codes, scales, sums
+
+    def quantize_rows(self, x, packed, input_scale=0.0):
+        """As `reader`, with codes, scales and sums made."""
+        op, alive, codes, scales, sums = self.reader(x, packed, input_scale)
         check(self.library, self.library.host_quantize_rows(ctypes.byref(op)))
-        return op, (prepared, x), codes, scales.finished(), sums
+        return op, alive, codes, scales.finished(), sums
 
     def linear(self, x, packed, bias=None, *, activation=None, residual=None, input_scale=0.0, tile=0):
         """kdkernels.quant.linear."""

@@ -1,0 +1,80 @@
+"""The encoder's CUDA kernels, compiled by the host compiler and run on the CPU: LayerNorm with codes."""
+
+import pytest
+import torch
+
+from kdkernels.quant import Scheme, pack
+
+from .cuda_host.encoder import Host
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-12
+# One segment, several; sums of codes or none.
+READERS = [
+    Scheme(),
+    Scheme(8, "channel", symmetric=False),
+    Scheme(8, "block", 32, symmetric=False),
+    Scheme(4, "block", 32),
+]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return Host(tmp_path_factory.mktemp("encoder"))
+
+
+def draw(rows, columns, dtype=torch.float32, norm_dtype=torch.float32):
+    """x, residual, weight, bias"""
+    generator = torch.Generator().manual_seed(columns)
+    x, residual = (torch.randn(rows, columns, generator=generator) * 3 + 1 for _ in range(2))
+    weight, bias = (torch.randn(columns, generator=generator) for _ in range(2))
+    return x.to(dtype), residual.to(dtype), weight.to(norm_dtype), bias.to(norm_dtype)
+
+
+def truth(x, residual, weight, bias):
+    y = x.double() + residual.double()
+    return torch.nn.functional.layer_norm(y, y.shape[1:], weight.double(), bias.double(), EPS)
+
+
+# Within a warp and up to its limit, a row for two warps, one that takes 64 columns a thread.
+@pytest.mark.parametrize("columns", [1, 33, 768, 1024, 1500, 20000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalize_rows(host, dtype, columns):
+    """Values within fp32's rounding and that of the type; codes, scales and sums those of quantize_rows to the bit."""
+    given = draw(5, columns, dtype, DTYPES[columns % 3])
+    expected = truth(*given)
+    limit = 2e-6 * expected.abs().max() + torch.finfo(dtype).eps / 2 * expected.abs()
+    for scheme in READERS if columns < 10000 else READERS[:1]:
+        packed = pack(torch.randn(3, columns, generator=torch.Generator().manual_seed(1)), scheme)
+        out, codes, scales, sums = host.normalize_rows(*given, EPS, packed)
+        assert ((out.double() - expected).abs() <= limit).all()
+        _, _, same_codes, same_scales, same_sums = host.quantize_rows(out, packed)
+        assert torch.equal(codes, same_codes) and torch.equal(scales, same_scales) and torch.equal(sums, same_sums)
+    assert torch.equal(host.normalize_rows(*given, EPS)[0], out)
+
+
+def test_rows_that_are_not_in_use_are_not_touched(host):
+    """Neither read, which NaN would show, nor written; more in use than there are is all of them."""
+    given = draw(7, 96)
+    packed = pack(torch.eye(3, 96), "int8")
+    every = host.normalize_rows(*given, EPS, packed)
+    given[0][3:], given[1][3:] = torch.nan, torch.nan
+    for in_use in (3, 0):
+        out, codes, scales, _ = host.normalize_rows(*given, EPS, packed, in_use)
+        for got, whole, untouched in (
+            (out, every[0], out.isnan()),
+            (scales, every[2], scales.isnan()),
+            (codes, every[1], codes == 99),
+        ):
+            assert torch.equal(got[:in_use], whole[:in_use]) and untouched[in_use:].all()
+    assert torch.equal(host.normalize_rows(*draw(7, 96), EPS, packed, 9)[1], every[1])
+
+
+def test_what_is_not_finite_stays_in_its_row(host):
+    given = draw(4, 70)
+    packed = pack(torch.eye(3, 70), "int8")
+    clean = host.normalize_rows(*given, EPS, packed)
+    given[0][1, 5], given[1][2, 7] = torch.nan, torch.inf
+    out, codes, scales, _ = host.normalize_rows(*given, EPS, packed)
+    assert out[1:3].isnan().all() and scales[1:3].isnan().all()
+    assert torch.equal(out[::3], clean[0][::3]) and torch.equal(codes[::3], clean[1][::3])
