@@ -2,9 +2,12 @@
 no network.
 
 Each part runs in a process of its own with a limit of its own, so that a crash, a hang or a failing build of one part
-loses nothing of the others; the tests side by side, since they mostly compile, then the benchmarks one by one. DIR
-gets gpu_check.json (machine, versions, commit, one entry a part, all rows), gpu.csv (the rows as `benches.run` writes
-them), and a log of each part. Exit status 1 where a part failed, 2 where there is no GPU.
+loses nothing of the others; the tests side by side, since they mostly compile, then the benchmarks one by one: first
+what runs forward alone (`benches.gpu_rows`), then the losses (`benches.run`). DIR gets gpu_check.json (machine,
+versions, commit, one entry a part, all rows), gpu.csv (the rows as `benches.run` writes them), and a log of each part.
+Exit status 1 where a part failed, 2 where there is no GPU.
+
+--dry-run needs no GPU: it names the parts, and runs those of `benches.gpu_rows` in small shapes.
 """
 
 import argparse
@@ -24,13 +27,18 @@ import torch
 from python_tests.case import Case
 from python_tests.cases import BENCHES
 
-from . import machine
+from . import gpu_cases, gpu_rows, machine
 
 BUDGET_SECONDS = 570
-BENCH_SECONDS, TEST_SECONDS = 90, 220
+BENCH_SECONDS, ROWS_SECONDS, TEST_SECONDS = 90, 90, 200
 # torch.compile may look for its best mode this long for each case.
-COMPILE_SECONDS = 25
-TESTS = ("python_tests/test_cuda_gpu.py", "python_tests/test_triton.py")
+COMPILE_SECONDS = 20
+# Each with the tests that need a GPU.
+TESTS = {
+    "python_tests/test_cuda_gpu.py": "",
+    "python_tests/test_cuda_quant_linear.py": "gpu",
+    "python_tests/test_triton.py": "",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,31 +47,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=BUDGET_SECONDS, metavar="SECONDS", help="for all parts (default: %(default)s)"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="name the parts, run some in small shapes, without a GPU"
+    )
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    dry = arguments.dry_run
+    if not torch.cuda.is_available() and not dry:
         print(f"gpu_check: no GPU: torch {torch.__version__} sees no CUDA device on this machine", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + arguments.budget
     table = arguments.out / "gpu.csv"
     table.unlink(missing_ok=True)
-    report = {"facts": machine.facts("cuda"), "driver": _driver(), "parts": [], "rows": []}
-    tests = [_start(*_test(path, arguments.out), arguments.out) for path in TESTS]
-    for running in tests:
-        _note(report, running.finish(min(TEST_SECONDS, end - time.monotonic())), table, arguments.out)
-    for case in (case for case in BENCHES if case.device == "cuda"):
+    facts = machine.facts("cuda" if torch.cuda.is_available() else "cpu")
+    report = {"facts": facts, "driver": _driver(), "parts": [], "rows": []}
+    benches = [(ROWS_SECONDS, _forward(op, table, dry)) for op in sorted({case.op for case in gpu_cases.cases()})]
+    losses = [_bench(case, table) for case in BENCHES if case.device == "cuda"]
+    if dry:
+        print("\n".join(f"tests     {path} {only}" for path, only in TESTS.items()))
+        print("\n".join(f"bench     {name}" for name, _ in losses))
+    else:
+        benches += [(BENCH_SECONDS, part) for part in losses]
+        for running in [_start(*_test(path, only, arguments.out), arguments.out) for path, only in TESTS.items()]:
+            _note(report, running.finish(min(TEST_SECONDS, end - time.monotonic())), table, arguments.out)
+    for limit, (name, command) in benches:
         left = end - time.monotonic()
         if left < 1:
-            _note(report, {"name": case.id, "status": "no time", "seconds": 0.0}, table, arguments.out)
+            _note(report, {"name": name, "status": "no time", "seconds": 0.0}, table, arguments.out)
             continue
-        running = _start(*_bench(case, table), arguments.out)
-        _note(report, running.finish(min(BENCH_SECONDS, left)), table, arguments.out)
+        _note(report, _start(name, command, arguments.out).finish(min(limit, left)), table, arguments.out)
     for row in report["rows"]:
-        print(
-            f"{row['op']:14} {row['case']:24} {row['implementation']:14} {float(row['median_ms']):9.3f} ms "
-            f"{float(row['percent_of_ceiling']):6.1f}% of {row['bound']}"
-            + (f"  {float(row['ratio']):.2f}x (target {row['target'] or '-'})" if row["ratio"] else "")
-        )
+        print(gpu_rows.line(row))
     passed, parts = sum(part["status"] == "passed" for part in report["parts"]), len(report["parts"])
     print(f"gpu_check: {passed} of {parts} parts passed; results in {arguments.out}")
     return 0 if passed == parts else 1
@@ -105,10 +119,15 @@ def _start(name: str, command: list[str], out: Path) -> Running:
     return Running(name, process, log, time.monotonic())
 
 
-def _test(path: str, out: Path) -> tuple[str, list[str]]:
+def _test(path: str, only: str, out: Path) -> tuple[str, list[str]]:
     results = out.resolve() / f"{Path(path).stem}.xml"
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={results}"]
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={results}", "-k", only]
     return Path(path).stem, [sys.executable, "-m", "pytest", *options, path]
+
+
+def _forward(op: str, table: Path, dry_run: bool) -> tuple[str, list[str]]:
+    command = [sys.executable, "-m", "benches.gpu_rows", op, "--csv", str(table.resolve())]
+    return f"rows-{op}", [*command, *(["--dry-run"] if dry_run else [])]
 
 
 def _bench(case: Case, table: Path) -> tuple[str, list[str]]:

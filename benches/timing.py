@@ -67,12 +67,17 @@ def quick(runner: Runner, samples: int = 3) -> float:
 
 
 def interleaved(runners: list[Runner], seconds: float, least: int = 5, most: int = 40) -> dict[str, list[float]]:
-    """Seconds per round of each runner, {name: [one value a round]}: as many rounds as fit into `seconds`, within
-    limits.
+    """Seconds per round of each runner, as `in_turns` has them."""
+    return in_turns({runner.name: sampler(runner) for runner in runners}, seconds, least, most)
 
-    Within a round each runner gives the median of several samples.
+
+def in_turns(
+    samplers: dict[str, Callable[[], float]], seconds: float, least: int = 5, most: int = 40
+) -> dict[str, list[float]]:
+    """{name: [one value a round]}: as many rounds as fit into `seconds`, within limits.
+
+    Within a round each sampler gives the median of several samples.
     """
-    samplers = {runner.name: sampler(runner) for runner in runners}
     rough = {}
     for name, sample in samplers.items():
         sample()

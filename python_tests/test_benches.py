@@ -186,10 +186,11 @@ def test_gpu_check_survives_failing_parts(tmp_path, monkeypatch, capsys):
     scripts = {"broken": "import sys; print('no'); sys.exit(3)", "works": "print('yes')"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check.machine, "facts", lambda device: {"machine": device})
-    monkeypatch.setattr(gpu_check, "TESTS", tuple(scripts))
+    monkeypatch.setattr(gpu_check, "TESTS", dict.fromkeys(scripts, ""))
+    monkeypatch.setattr(gpu_check.gpu_cases, "cases", tuple)
     monkeypatch.setattr(gpu_check, "BENCHES", [replace(SMALL, device="cuda")])
     monkeypatch.setattr(gpu_check, "BENCH_SECONDS", 1)
-    monkeypatch.setattr(gpu_check, "_test", lambda path, out: (path, [sys.executable, "-c", scripts[path]]))
+    monkeypatch.setattr(gpu_check, "_test", lambda path, only, out: (path, [sys.executable, "-c", scripts[path]]))
     monkeypatch.setattr(gpu_check, "_bench", lambda case, table: ("hangs", ["sleep", "60"]))
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     report = json.loads((tmp_path / "gpu_check.json").read_text())

@@ -1,16 +1,18 @@
 """What only a GPU can show: of every op streams, CUDA graphs and that the host never waits; of kd_loss, whose CUDA C++
 kernels nothing else runs there, the table of cases, memory and a second device too. The Triton kernels' values are in
-test_triton.py."""
+test_triton.py, those of quant_linear in test_cuda_quant_linear.py."""
 
 import pytest
 import torch
 
 from kdkernels import functional
 from kdkernels.ops._common import KIND
+from kdkernels.quant import linear, pack
 
 from . import tolerance
 from .case import OPS, evaluate
 from .cases import of
+from .test_cuda_quant_linear import Gpu, extremes
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -243,3 +245,62 @@ def test_opcheck_and_compile(reduction):
     (gradient,) = torch.autograd.grad(loss, student, torch.full_like(loss, 0.375))
     expected = loss_and_gradient(student, teacher, **options)
     assert torch.equal(loss.detach(), expected[0]) and torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("rows", [3, 133, 2050])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_integer_sums_are_exact(bits, rows):
+    """Few rows, and enough for both sizes of tiles."""
+    x, packed, expected = extremes(bits, rows, 400, 1100)
+    assert torch.equal(Gpu().linear(x, packed), expected)
+
+
+@pytest.fixture(params=["int8", "int4", "int3", "int2"])
+def product(request):
+    """A linear layer of x in that scheme, 300 features to 200."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    packed = pack(torch.randn(200, 300, generator=generator, device="cuda"), request.param)
+    return lambda x: linear(x, packed, activation="gelu")
+
+
+ROWS = pytest.mark.parametrize("rows", [1, 16, 150])
+
+
+@ROWS
+def test_products_replay_in_a_graph(product, rows):
+    """What x holds at the replay is what counts."""
+    x = torch.randn(rows, 300, device="cuda", dtype=torch.bfloat16)
+    product(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = product(x)
+    x.mul_(-0.5)
+    graph.replay()
+    assert torch.equal(y, product(x))
+
+
+@ROWS
+def test_products_on_two_streams(product, rows):
+    """Each stream has work of its own before it, so that kernels queued elsewhere would read what is not there yet."""
+    inputs = [torch.randn(rows, 300, device="cuda") for _ in range(2)]
+    expected, results = [product(x) for x in inputs], []
+    late = [torch.zeros_like(x) for x in inputs]
+    for stream, x, empty in zip([torch.cuda.Stream() for _ in inputs], inputs, late, strict=True):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            results.append(product(empty.copy_(x)))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@ROWS
+def test_products_never_wait_for_the_device(product, rows):
+    x = torch.randn(rows, 300, device="cuda")
+    product(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        product(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

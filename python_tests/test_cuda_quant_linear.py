@@ -1,12 +1,12 @@
 """quant_linear's CUDA kernels, compiled by the host compiler and run on the CPU, against the reference: codes and sums
-to the bit, everything behind them within fp32's rounding."""
+to the bit, everything behind them within fp32's rounding. Where there is a GPU, the same cases run on it too."""
 
 import pytest
 import torch
 
 from kdkernels import reference
 from kdkernels.ops.quant_linear import ACTIVATION
-from kdkernels.quant import Scheme, pack
+from kdkernels.quant import Scheme, linear, pack
 from kdkernels.reference.quant_linear import quantize_rows
 
 from .cuda_host.quant_linear import Host
@@ -18,27 +18,36 @@ SHAPES = [(1, 64, 64), (65, 100, 63), (3, 33, 129), (130, 330, 2)]
 A8 = [scheme for scheme in SCHEMES if scheme.activation_bits]
 
 
+class Gpu:
+    """The op on a GPU, called as `Host` is."""
+
+    def linear(self, x, packed, bias=None, *, residual=None, **options):
+        x, bias, residual = (None if t is None else t.cuda() for t in (x, bias, residual))
+        return linear(x, packed.to("cuda"), bias, residual=residual, **options).cpu()
+
+
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     return Host(tmp_path_factory.mktemp("quant_linear"))
 
 
+@pytest.fixture(params=["host", "gpu"] if torch.cuda.is_available() else ["host"])
+def device(request):
+    return request.getfixturevalue("host") if request.param == "host" else Gpu()
+
+
 @pytest.mark.parametrize("scheme", A8, ids=name)
-def test_scheme(host, scheme):
+def test_scheme(device, scheme):
     for index, shape in enumerate(SHAPES):
         x, weight, bias, residual = draw(*shape)
         packed = pack(weight, scheme)
         options = {"activation": list(ACTIVATION)[index], "residual": residual}
         truth = reference.quant_linear(x, packed, bias, **options)
-        assert_close(host.linear(x, packed, bias, **options), truth, magnitude(x, packed, bias, residual))
+        assert_close(device.linear(x, packed, bias, **options), truth, magnitude(x, packed, bias, residual))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("tile", [64, 128])
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_integer_sums_are_exact(host, bits, tile, reverse):
-    """With scales of 1 they come out to the bit, the largest that there can be too; whichever thread goes first."""
-    rows, columns, features = 133, 400, 75
+def extremes(bits, rows, columns, features):
+    """(x, packed, x W^T): sums are integers, the largest that there can be among them, and scales of x are 1."""
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(features, columns, generator=generator)
     weight[0] = 1.0
@@ -47,7 +56,15 @@ def test_integer_sums_are_exact(host, bits, tile, reverse):
     x[1:3] = torch.tensor([[127.0], [-127.0]])
     packed = pack(weight, Scheme(bits, "block", 32) if bits < 8 else Scheme())
     values, scales = packed.factors
-    expected = (x.double() @ values.double().T).float() * scales.view(1, -1)
+    return x, packed, (x.double() @ values.double().T).float() * scales.view(1, -1)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_integer_sums_are_exact(host, bits, tile, reverse):
+    """To the bit, whichever thread goes first."""
+    x, packed, expected = extremes(bits, 133, 400, 75)
     conflicts = host.library.host_bank_conflicts()
     host.library.host_reverse_threads(reverse)
     try:
@@ -79,12 +96,12 @@ def test_static_scale_clips(host):
     assert torch.equal(codes[:, :70].float(), quantize_rows(x, 0.01)[0])
 
 
-def test_what_is_not_finite_stays_in_its_row(host):
+def test_what_is_not_finite_stays_in_its_row(device):
     x, weight, _, _ = draw(4, 70, 9)
     x = x / x.abs().amax(1, keepdim=True)
-    clean = host.linear(x, packed := pack(weight, "int8"))
+    clean = device.linear(x, packed := pack(weight, "int8"))
     x[1, 5], x[2, 7] = torch.nan, torch.inf
-    y = host.linear(x, packed)
+    y = device.linear(x, packed)
     assert torch.equal(y[[0, 3]], clean[[0, 3]])
     assert y[1].isnan().all()
     assert torch.equal(y[2], packed.factors[0][:, 7].sign() * torch.inf)
@@ -92,13 +109,13 @@ def test_what_is_not_finite_stays_in_its_row(host):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATION)
-def test_epilogue(host, activation, dtype):
+def test_epilogue(device, activation, dtype):
     """Every activation and element type; a strided residual of another type."""
     x, weight, bias, residual = draw(9, 96, 70)
     x = (x / x.abs().amax(1, keepdim=True) * 8).to(dtype)
     packed = pack(weight, "int8")
     residual = residual.T.contiguous().T.half()
-    got = host.linear(x, packed, bias.to(dtype), activation=activation, residual=residual)
+    got = device.linear(x, packed, bias.to(dtype), activation=activation, residual=residual)
     truth = reference.quant_linear(x, packed, bias.to(dtype), activation=activation, residual=residual)
     limit = {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 2 + 1e-6)
     assert got.dtype == dtype

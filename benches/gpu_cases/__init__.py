@@ -1,0 +1,60 @@
+"""Rows of `benches.gpu_rows`: one file per op, each with its CASES. To add an op: its file, and its line in OPS."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..roofline import Work
+
+OURS = "kdkernels"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A case on a device: what is called, what must come out, and what it must cost.
+
+    calls: {implementation: call}, ours as OURS. call(i) is the i-th call of `count`, on weights of its own; the result
+    of call(0) is compared with `truth`. A peer that can't run here raises ImportError, RuntimeError or
+    NotImplementedError and is named.
+    work: of one call.
+    """
+
+    calls: dict[str, Callable[[int], torch.Tensor]]
+    truth: torch.Tensor
+    work: Work
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row for each implementation.
+
+    build(device, small) makes it, with `small` in a shape for a CPU's dry run. `targets`: how many times ours a peer
+    shall take; `share`: percent of the ceiling that ours shall reach, on matrix products of `arithmetic`. `match`: the
+    largest error of ours, relative to the largest magnitude.
+    """
+
+    op: str
+    name: str
+    why: str
+    build: Callable[[str, bool], Built]
+    arithmetic: torch.dtype
+    targets: dict[str, float] = field(default_factory=dict)
+    share: float | None = None
+    match: float = 1e-2
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def compiled(function: Callable, device: str) -> Callable:
+    """torch.compile's on a GPU; the function itself in a dry run on the CPU."""
+    return torch.compile(function, dynamic=False) if device == "cuda" else function
+
+
+def cases() -> tuple[Case, ...]:
+    from . import quant_linear
+
+    return quant_linear.CASES

@@ -1,0 +1,88 @@
+"""The GPU's benches where there is no GPU: every row is built, compared and run in a small shape."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benches import gpu_check, gpu_rows, roofline
+from benches.gpu_cases import OURS, cases
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CEILINGS = roofline.Ceilings(1e10, 1e11, "made up")
+
+
+def of(name):
+    return next(case for case in cases() if case.name == name)
+
+
+def measure(case, seconds=0.001, small=True):
+    return gpu_rows.measure(case, "cpu", small, seconds, CEILINGS, {"machine": "test"})
+
+
+def test_every_case_has_a_name_of_its_own():
+    assert len({case.id for case in cases()}) == len(cases())
+
+
+def test_dry_run_of_everything(tmp_path, capsys):
+    """gpu_check's parts by name, and every row of gpu_rows in a process of its own."""
+    assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert all(part["status"] == "passed" for part in report["parts"])
+    rows = list(csv.DictReader((tmp_path / "gpu.csv").open()))
+    assert rows == report["rows"]
+    assert {row["variant"] for row in rows} == {"dry run"}
+    ours = [row for row in rows if row["implementation"] == OURS]
+    assert [(row["op"], row["case"]) for row in ours] == [(case.op, case.name) for case in cases()]
+    with_targets = {(row["case"], row["implementation"]) for row in rows if row["target"]}
+    assert with_targets >= {(case.name, peer) for case in cases() for peer in case.targets}
+    shown = capsys.readouterr().out
+    assert "python_tests/test_cuda_gpu.py" in shown and "kd_loss-kl_8192x128256_bf16" in shown
+
+
+def test_a_row():
+    case = of("w4a16_16x4096x4096")
+    ours, peer = measure(replace(case, targets={"torch bf16": 1e-9}, share=1e9))
+    assert (ours["implementation"], ours["dtype"], ours["ratio"]) == (OURS, "bfloat16", None)
+    assert ours["target"] == 1e9 and ours["reached"] is False
+    assert peer["ratio"] > 0 and peer["reached"]
+    assert ours["loss_error"] < 1e-2 and ours["percent_of_ceiling"] > 0
+    assert "1e+09 %" in gpu_rows.line(ours) and "(target 1e-09x)" in gpu_rows.line(peer)
+
+
+def test_wrong_results_are_not_timed(capsys):
+    case = of("w4a16_16x4096x4096")
+    build = case.build
+
+    def wrong(name, factor):
+        def built(device, small):
+            made = build(device, small)
+            calls = made.calls | {name: lambda i: factor * made.calls[name](i)}
+            return replace(made, calls=calls)
+
+        return replace(case, build=built)
+
+    with pytest.raises(ArithmeticError, match="not timed"):
+        measure(wrong(OURS, 1.1))
+    assert [row["implementation"] for row in measure(wrong("torch bf16", 3.0))] == [OURS]
+    assert "torch bf16 computes something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16], ids=str)
+def test_ceilings(dtype):
+    ceilings = roofline.measure_products("cpu", dtype, small=True)
+    assert (
+        ceilings.bandwidth > 0 and ceilings.arithmetic > 0 and str(dtype).removeprefix("torch.") in ceilings.described
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(capsys):
+    assert gpu_rows.main([]) == 2
+    assert capsys.readouterr().err == "benches.gpu_rows: torch sees no GPU; --dry-run needs none\n"
+    with pytest.raises(SystemExit):
+        gpu_rows.main(["quant_linea"])
+    assert gpu_rows.main(["quant_linear", "--list"]) == 0
+    assert "w8a8_4096x768x3072_gelu" in capsys.readouterr().out
