@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benches import gpu_check, gpu_rows, roofline
+from benches import gpu_check, gpu_rows, gpu_table, roofline
 from benches.gpu_cases import OURS, cases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,3 +86,48 @@ def test_says_that_there_is_no_gpu(capsys):
         gpu_rows.main(["quant_linea"])
     assert gpu_rows.main(["quant_linear", "--list"]) == 0
     assert "w8a8_4096x768x3072_gelu" in capsys.readouterr().out
+
+
+def row(op, case, implementation, **values):
+    empty = dict.fromkeys(gpu_rows.COLUMNS, "")
+    return empty | {"op": op, "case": case, "implementation": implementation, "ceilings": "copy 4 TB/s"} | values
+
+
+REPORT = {
+    "facts": {"machine": "NVIDIA Made Up 9", "torch": "2.13.0", "triton": "3.9.0", "commit": "abc"},
+    "parts": [{"name": "a", "tests": {"tests": 9, "failures": 1, "errors": 0, "skipped": 2}}, {"name": "b"}],
+    "rows": [
+        row("kd_loss", "kl", OURS, median_ms="1.5", percent_of_ceiling="80.4", bound="bandwidth", variant="graph"),
+        row("kd_loss", "kl", "eager", median_ms="15", ratio="10", target="6"),
+    ],
+}
+
+
+def test_readme_has_the_tables():
+    """`python -m benches.gpu_table` writes them."""
+    assert gpu_table.main(["--check"]) == 0
+
+
+def test_tables_of_a_report(tmp_path, monkeypatch, capsys):
+    """Kept as the device's; its op is no longer among those that no GPU has run."""
+    readme, kept = tmp_path / "README.md", tmp_path / "gpu-nvidia-made-up-9.json"
+    readme.write_text(f"before\n{gpu_table.BEGIN}old\n{gpu_table.END}after\n")
+    monkeypatch.setattr(gpu_table, "README", readme)
+    monkeypatch.setattr(gpu_table, "RESULTS", tmp_path)
+    assert gpu_table.main([]) == 0
+    assert readme.read_text().count(gpu_table.NOT_YET) == len(gpu_table.ROUTES)
+    (tmp_path / "gpu_check.json").write_text(json.dumps(REPORT))
+    assert gpu_table.main(["--check", str(tmp_path / "gpu_check.json")]) == 1
+    assert gpu_table.main([]) == 0 and gpu_table.main(["--check"]) == 0
+    assert json.loads(kept.read_text()) == REPORT
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| `kd_loss`, CUDA C++ | sm_80, sm_90a | the `.cu` source under a host shim | NVIDIA Made Up 9 |" in text
+    assert text.count(gpu_table.NOT_YET) == len(gpu_table.ROUTES) - 1
+    assert "| `kd_loss` | kl | 1.5 | 80 % of bandwidth | eager 10.00x (goal 6x) |" in text
+    assert "6 tests passed, 1 failed, 2 were skipped" in text
+    dry = REPORT | {"rows": [REPORT["rows"][0] | {"variant": "dry run"}]}
+    for wrong in ("[]", "{", json.dumps(dry)):
+        (tmp_path / "wrong.json").write_text(wrong)
+        assert gpu_table.main([str(tmp_path / "wrong.json")]) == 2
+    assert "a dry run's" in capsys.readouterr().err
