@@ -107,6 +107,17 @@ def test_search_beats_the_full_range(scheme):
     assert error <= 1.001 * plain / w.numel()
 
 
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.activation_bits], ids=name)
+def test_rows(scheme):
+    packed, ids = pack(weight(9, 70), scheme), torch.tensor([[8, 0, 3], [3, 3, 1]])
+    if scheme.group in ("channel", "block"):
+        assert torch.equal(packed.rows(ids), packed.dequantize()[ids])
+        assert packed.rows(ids[:0]).shape == (0, 3, 70)
+    else:
+        with pytest.raises(ValueError, match="rows needs a scheme whose group is one of"):
+            packed.rows(ids)
+
+
 def test_importance_moves_the_error():
     w = weight(64, 256)
     counts = torch.ones(256)

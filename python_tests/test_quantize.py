@@ -66,19 +66,73 @@ def padded(model, inputs, **given):
     return result
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+WEIGHT_ONLY = Scheme(activation_bits=None)
+
+
+def assert_alike(got, expected, scheme):
+    """Weight-only to rounding. Of 8-bit activations some lie so near the middle between two codes that rounding sends
+    them to either, which moves what follows by a step, and the block behind far more; a mistake does so at once.
+    """
+    error = (got - expected).abs()
+    if scheme == WEIGHT_ONLY:
+        assert error.max() < 1e-4
+    else:
+        assert error.max() < 0.1 and error.mean() < 2e-3
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", WEIGHT_ONLY], ids=["int8", "int4", "weight-only"])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_packed_tokens_give_what_padded_ones_do(name, scheme):
-    model = kdkernels.quantize(tiny(name), scheme)
+    model = kdkernels.quantize(tiny(name, num_hidden_layers=2 if scheme == WEIGHT_ONLY else 1), scheme)
     assert isinstance(model, PaddingFree)
     inputs = batch(model.config)
     got, expected = model(**inputs), padded(model, inputs)
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(got.last_hidden_state[real], expected.last_hidden_state[real], rtol=0, atol=2e-2)
+    assert_alike(got.last_hidden_state[real], expected.last_hidden_state[real], scheme)
     assert (got.last_hidden_state[~real] == 0).all()
     if "pooler_output" in expected:
-        torch.testing.assert_close(got.pooler_output, expected.pooler_output, rtol=0, atol=2e-2)
+        assert_alike(got.pooler_output, expected.pooler_output, scheme)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(bits, group, size, symmetric)
+        for bits, symmetric in ((8, False), (4, True))
+        for group, size in (("channel", None), ("out", 6), ("in", 8), ("block", 64))
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_every_kind_of_groups(scheme):
+    """A model's layers are the weights that they stand for; how well 4 bits of a channel do is not asked here."""
+    model = kdkernels.quantize(tiny("bert"), scheme)
+    plain = tiny("bert")
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantLinear, QuantEmbedding)):
+            plain.get_submodule(name).weight.data = module.weight.dequantize()
+    inputs = batch(model.config)
+    real = inputs["attention_mask"].bool()
+    got, expected = model(**inputs).last_hidden_state[real], plain(**inputs).last_hidden_state[real]
+    assert torch.nn.functional.cosine_similarity(got, expected).mean() > 0.998
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_half_precision(dtype, tmp_path):
+    """Quantised from it, moved to it, and loaded in it."""
+    model = tiny("bert")
+    inputs = batch(model.config)
+    real = inputs["attention_mask"].bool()
+    expected = model(**inputs).last_hidden_state[real]
+    moved = kdkernels.quantize(tiny("bert"))
+    moved.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, dtype=dtype)
+    for made in (kdkernels.quantize(model.to(dtype)), moved.to(dtype), loaded):
+        got = made(**inputs).last_hidden_state
+        assert got.dtype == dtype
+        assert torch.nn.functional.cosine_similarity(got[real].float(), expected).mean() > 0.99
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -105,12 +159,12 @@ def test_a_text_does_not_depend_on_its_batch():
 
 @torch.no_grad()
 def test_left_padding_and_holes():
-    model = kdkernels.quantize(tiny("bert"))
+    model = kdkernels.quantize(tiny("bert"), WEIGHT_ONLY)
     inputs = batch(model.config, (6, 6))
     inputs["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1]])
     real = inputs["attention_mask"].bool()
     got, expected = model(**inputs).last_hidden_state, padded(model, inputs).last_hidden_state
-    torch.testing.assert_close(got[real], expected[real], rtol=0, atol=2e-2)
+    assert_alike(got[real], expected[real], WEIGHT_ONLY)
 
 
 @torch.no_grad()
@@ -147,7 +201,7 @@ def test_heads_work_on_it(name, auto):
 
 @pytest.fixture(scope="module")
 def model():
-    return kdkernels.quantize(tiny("bert"))
+    return kdkernels.quantize(tiny("bert"), WEIGHT_ONLY)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +219,7 @@ class TestForward:
         real = inputs["attention_mask"].bool()
         assert len(got) == len(expected) == 3
         for ours, theirs in zip(got, expected, strict=True):
-            torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=2e-2)
+            assert_alike(ours[real], theirs[real], WEIGHT_ONLY)
 
     @torch.no_grad()
     def test_attention_maps_come_from_the_models_own_forward(self, model, inputs):
@@ -193,7 +247,7 @@ class TestForward:
         ):
             given = {**inputs, **given}
             got, expected = model(**given).last_hidden_state, padded(model, given).last_hidden_state
-            torch.testing.assert_close(got[real], expected[real], rtol=0, atol=2e-2)
+            assert_alike(got[real], expected[real], WEIGHT_ONLY)
 
     def test_both_inputs_are_an_error(self, model, inputs):
         with pytest.raises(ValueError, match="input_ids"), torch.no_grad():
@@ -208,7 +262,7 @@ class TestPlan:
         assert {schemes[name].bits for name in schemes if "encoder" in name} == {4}
         assert type(model.classifier) is torch.nn.Linear
 
-    @pytest.mark.parametrize(("scheme", "limit"), [("int8", 107), ("int4", 69), ("int3", 59), ("int2", 48)])
+    @pytest.mark.parametrize(("scheme", "limit"), [("int8", 105.3), ("int4", 67.0), ("int3", 46.4), ("int2", 36.2)])
     def test_size_of_bert_base(self, scheme, limit):
         """MiB of the tensors in its checkpoint, which are laid out without being filled."""
         with torch.device("meta"):
@@ -216,7 +270,7 @@ class TestPlan:
         lay_out(model, plan(model, as_scheme(scheme), {}, []))
         tensors = [*model.parameters(), *model.buffers()]
         size = sum(t.numel() * t.element_size() for t in tensors) / 2**20
-        assert 0.98 * limit < size <= limit
+        assert 0.99 * limit < size <= limit
 
     def test_bits_per_layer_by_name(self):
         model = kdkernels.quantize(tiny("bert"), "int4", bits_per_layer={"layer.0": 8, "layer.0.output.dense": "int2"})
@@ -225,6 +279,14 @@ class TestPlan:
         assert bits["encoder.layer.0.output.dense"] == 2
         assert bits["encoder.layer.0.attention.output.dense"] == 8
         assert bits["encoder.layer.1.output.dense"] == 4
+
+    def test_bits_per_layer_of_embeddings(self):
+        model = kdkernels.quantize(
+            tiny("bert"), "int2", bits_per_layer={"word_embeddings": 8, "position_embeddings": 3}
+        )
+        assert model.embeddings.word_embeddings.scheme.bits == 8
+        assert model.embeddings.position_embeddings.scheme.bits == 3
+        assert type(model.embeddings.token_type_embeddings) is torch.nn.Embedding
 
     def test_bits_per_layer_by_block(self):
         model = kdkernels.quantize(tiny("distilbert"), bits_per_layer=[3, Scheme(bits=4)])
@@ -244,6 +306,8 @@ class TestPlan:
             ({"bits_per_layer": {"layer.7": 8}}, "bits_per_layer.*layer.7"),
             ({"bits_per_layer": {"layer.0": 5}}, "bits"),
             ({"bits_per_layer": [8]}, "bits_per_layer.*2"),
+            ({"bits_per_layer": {"LayerNorm": 8}}, "bits_per_layer.*LayerNorm"),
+            ({"bits_per_layer": {"word_embeddings": Scheme(group="out")}}, "bits_per_layer.*word_embeddings.*group"),
             ({"skip": ["nothing"]}, "skip.*nothing"),
             ({"skip": "encoder"}, "skip"),
         ],

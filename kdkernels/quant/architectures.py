@@ -106,6 +106,11 @@ def unsupported(base: nn.Module) -> str:
     return ""
 
 
+def position_tables(base: nn.Module) -> list[str]:
+    """Names of the position embeddings of a base model, where they are known to be looked up as embeddings are."""
+    return ["embeddings.position_embeddings"] if type(base).__name__ in _BLOCKS else []
+
+
 def positions(base: nn.Module, ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
     """The position ids [B or 1, N] that the model gives its tokens when it is given none."""
     embeddings = base.embeddings

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .scheme import Scheme
 
 METHOD = "kdkernels"
-FORMAT = 1
+FORMAT = 2  # 1 had position embeddings in float32, and word embeddings in 8 bits beside every scheme
 
 
 @register_quantization_config(METHOD)

@@ -84,18 +84,22 @@ class QuantLinear(_Packed):
 class QuantEmbedding(_Packed):
     """An embedding table packed row by row: a look-up unpacks the rows that it reads and no others.
 
-    Takes integer ids of any shape and returns [..., embedding_dim] in float32.
+    Takes integer ids of any shape and returns [..., embedding_dim] in the model's dtype.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, scheme: Scheme, *, padding_idx: int | None = None):
         super().__init__(num_embeddings, embedding_dim, scheme)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        # Of the dtype of what is looked up: it follows the model's, as a weight would.
+        self.register_buffer("like_output", torch.empty(0), persistent=False)
 
     @classmethod
     def like(cls, module: nn.Embedding, scheme: Scheme) -> "QuantEmbedding":
         """Of the module's shape, empty."""
         with module.weight.device:
-            return cls(module.num_embeddings, module.embedding_dim, scheme, padding_idx=module.padding_idx)
+            self = cls(module.num_embeddings, module.embedding_dim, scheme, padding_idx=module.padding_idx)
+        self.like_output = self.like_output.to(module.weight.dtype)
+        return self
 
     @classmethod
     def of(cls, module: nn.Embedding, scheme: Scheme) -> "QuantEmbedding":
@@ -109,7 +113,7 @@ class QuantEmbedding(_Packed):
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight.rows(ids)
+        return self.weight.rows(ids).to(self.like_output.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"

@@ -15,6 +15,7 @@ _HEADER = struct.Struct("<4sHBBBBHIqqq24x")
 _CHECKSUM = slice(12, 16)
 _ALIGN = 64
 MAX_COLUMNS = 32768
+ROW_BY_ROW = ("channel", "block")  # groups that lie within a row
 
 
 @dataclass(frozen=True)
@@ -75,31 +76,26 @@ class PackedWeight:
         return (values.to(torch.float64) * scales).to(dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of `dequantize()`, [*ids.shape, in features], float32: an embedding. For a symmetric scale per row."""
-        if self.scheme.group != "channel" or not self.scheme.symmetric:
-            raise ValueError(f"rows needs a scheme with group='channel', symmetric=True; got {self.scheme}")
-        parts = self._parts
-        codes = parts.codes[ids].to(torch.float32) - (1 << (self.scheme.bits - 1))
-        return codes * parts.scales[ids].unsqueeze(-1)
+        """Rows of `dequantize()`, [*ids.shape, in features], float32: an embedding. No other row is unpacked.
+
+        Raises ValueError where rows share their scales.
+        """
+        if self.scheme.group not in ROW_BY_ROW:
+            raise ValueError(f"rows needs a scheme whose group is one of {ROW_BY_ROW}, got {self.scheme}")
+        flat = ids.flatten()
+        stored = self._stored
+        chosen = {name: None if part is None else part.view(self.shape[0], -1)[flat] for name, part in stored.items()}
+        values, scales = _factors(_parts(chosen, self.scheme, self.shape[1]), self.scheme, flat.numel(), self.shape[1])
+        return (values.to(torch.float32) * scales).view(*ids.shape, self.shape[1])
 
     @cached_property
-    def _parts(self) -> Parts:
-        return unpack_blob(self.blob, self.scheme, self.shape)
+    def _stored(self) -> dict[str, torch.Tensor | None]:
+        return _read_sections(self.blob, self.scheme, self.shape)
 
     @cached_property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight / scale as int32, scale as float32), both with the weight's shape or broadcast to it."""
-        parts = self._parts
-        scheme, (rows, columns) = self.scheme, self.shape
-        codes, middle = parts.codes.to(torch.int32), 1 << (scheme.bits - 1)
-        scales = spread(parts.scales, scheme, rows, columns)
-        if parts.steps is not None:
-            both = parts.steps.to(torch.int32).repeat_interleave(scheme.group_size, 1)[:, :columns]
-            step, z = both & ((1 << (8 - scheme.bits)) - 1), both >> (8 - scheme.bits)
-            return step * codes - (step * (z + middle) >> 1), scales
-        if parts.zeros is not None:
-            return codes - spread(parts.zeros.to(torch.int32), scheme, rows, columns), scales
-        return codes - middle, scales
+        return _factors(unpack_blob(self.blob, self.scheme, self.shape), self.scheme, *self.shape)
 
     def __getstate__(self):
         return self.blob
@@ -118,7 +114,7 @@ def spread(values: torch.Tensor, scheme: Scheme, rows: int, columns: int) -> tor
     if scheme.group == "out":
         return values.repeat_interleave(scheme.group_size)[:rows, None]
     if scheme.group == "block" and not scheme.two_level:
-        return values.view(rows, -1).repeat_interleave(scheme.group_size, 1)[:, :columns]
+        return values.view(rows, _blocks(scheme, columns)).repeat_interleave(scheme.group_size, 1)[:, :columns]
     return values[:, None]
 
 
@@ -126,8 +122,12 @@ def num_scales(scheme: Scheme, rows: int, columns: int) -> int:
     if scheme.group == "out":
         return -(-rows // scheme.group_size)
     if scheme.group == "in":
-        return -(-columns // scheme.group_size)
-    return rows * (-(-columns // scheme.group_size) if scheme.group == "block" and not scheme.two_level else 1)
+        return _blocks(scheme, columns)
+    return rows * (_blocks(scheme, columns) if scheme.group == "block" and not scheme.two_level else 1)
+
+
+def _blocks(scheme: Scheme, columns: int) -> int:
+    return -(-columns // scheme.group_size)
 
 
 def _sections(scheme: Scheme, rows: int, columns: int) -> dict[str, int]:
@@ -135,7 +135,7 @@ def _sections(scheme: Scheme, rows: int, columns: int) -> dict[str, int]:
     scales = num_scales(scheme, rows, columns)
     sizes = {"codes": rows * -(-columns // RUN) * 4 * scheme.bits, "scales": 4 * scales}
     if scheme.two_level:
-        sizes["steps"] = rows * -(-columns // scheme.group_size)
+        sizes["steps"] = rows * _blocks(scheme, columns)
     elif not scheme.symmetric:
         sizes["zeros"] = scales
     return sizes
@@ -170,16 +170,39 @@ def pack_blob(scheme: Scheme, parts: Parts) -> torch.Tensor:
 
 
 def unpack_blob(blob: torch.Tensor, scheme: Scheme, shape: torch.Size) -> Parts:
-    rows, columns = shape
+    return _parts(_read_sections(blob, scheme, shape), scheme, shape[1])
+
+
+def _read_sections(blob: torch.Tensor, scheme: Scheme, shape: torch.Size) -> dict[str, torch.Tensor | None]:
+    """The sections as they are stored, by their names in `Parts`: views, of one dimension."""
     at, found = _ALIGN, {"zeros": None, "steps": None}
-    for name, size in _sections(scheme, rows, columns).items():
+    for name, size in _sections(scheme, *shape).items():
         found[name] = blob[at : at + size]
         at += _padded(size)
-    found["codes"] = _unpack_codes(found["codes"].view(rows, -1), scheme.bits)[:, :columns]
     found["scales"] = found["scales"].clone().view(torch.float32)  # a copy is aligned
-    if scheme.two_level:
-        found["steps"] = found["steps"].view(rows, -1)
-    return Parts(**found)
+    return found
+
+
+def _parts(stored: dict[str, torch.Tensor | None], scheme: Scheme, columns: int) -> Parts:
+    row_bytes = -(-columns // RUN) * 4 * scheme.bits
+    codes = _unpack_codes(stored["codes"].view(-1, row_bytes), scheme.bits)[:, :columns]
+    steps = stored["steps"]
+    if steps is not None:
+        steps = steps.view(-1, _blocks(scheme, columns))
+    return Parts(codes, stored["scales"].flatten(), stored["zeros"], steps)
+
+
+def _factors(parts: Parts, scheme: Scheme, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight / scale as int32, and scale."""
+    codes, middle = parts.codes.to(torch.int32), 1 << (scheme.bits - 1)
+    scales = spread(parts.scales, scheme, rows, columns)
+    if parts.steps is not None:
+        both = parts.steps.to(torch.int32).repeat_interleave(scheme.group_size, 1)[:, :columns]
+        step, z = both & ((1 << (8 - scheme.bits)) - 1), both >> (8 - scheme.bits)
+        return step * codes - (step * (z + middle) >> 1), scales
+    if parts.zeros is not None:
+        return codes - spread(parts.zeros.flatten().to(torch.int32), scheme, rows, columns), scales
+    return codes - middle, scales
 
 
 def _pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -128,9 +128,17 @@ class FakeQuantEmbedding(_FakeQuantized, nn.Embedding):
         return self
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """A scale per row (the only scheme of tables): rows are looked up first, and only those are quantised."""
-        rows, scales = super().forward(ids), self._ranges()[ids].unsqueeze(-1)
-        return (_values(rows.float(), scales, self._grid()) * scales).to(rows.dtype)
+        """Rows are looked up first, and only those are quantised, each with its own scales and grid."""
+        flat = ids.flatten()
+        rows = super().forward(flat)
+
+        def looked_up(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.view(self.num_embeddings, -1)[flat]
+
+        zeros, steps = looked_up(self.zeros), looked_up(self.steps)
+        scales = spread(looked_up(self._ranges()).flatten(), self.scheme, *rows.shape)
+        levels = grid(self.scheme, None if zeros is None else zeros.flatten(), steps, rows.shape)
+        return (_values(rows.float(), scales, levels) * scales).to(rows.dtype).view(*ids.shape, -1)
 
     def quantised(self) -> QuantEmbedding:
         made = QuantEmbedding.like(self, self.scheme)

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from . import architectures, encoder
 from .importance import mean_squares
 from .modules import QuantEmbedding, QuantLinear
+from .packed import ROW_BY_ROW
 from .scheme import NAMED, Scheme, as_scheme
 
 # Tables are read row by row, to look a word up or to rank it: 8 bits a row lose nothing that a task would notice.
-TABLE = Scheme(bits=8)
+# Beside an encoder of 3 or 2 bits that would be half of the model, and 4 bits cost it a thousandth of mean cosine.
+TABLE, SMALL_TABLE = Scheme(bits=8), NAMED["int4"]
 
 
 def quantize(
@@ -29,16 +31,16 @@ def quantize(
 ) -> nn.Module:
     """Quantises a transformers encoder in place, for inference: no calibration data, padding-free, any batch of texts.
 
-    Linears of the encoder get `scheme`; the word embedding and a vocabulary head get 8 bits; task heads, norms and the
-    small embeddings stay as they are. BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT and ALBERT (and what is made
-    of them, such as MiniLM) then run on packed tokens; any other architecture runs layer by layer on the quantised
-    linears. `kdkernels.explain(model)` tells which, and why.
+    Linears of the encoder get `scheme`; the word embedding and a vocabulary head 8 bits, or 4 beside fewer than 4; the
+    position embedding 8; task heads, norms and the smallest embeddings stay as they are. BERT, RoBERTa, XLM-R,
+    CamemBERT, ELECTRA, DistilBERT and ALBERT (and what is made of them, such as MiniLM) then run on packed tokens; any
+    other architecture runs layer by layer on the quantised linears. `kdkernels.explain(model)` tells which, and why.
 
     Args:
         model: a transformers model, with or without a head, or a module that holds some, as sentence-transformers do;
             weights in float32, bfloat16 or float16.
         scheme: a `Scheme` or its name: "int8", "int4", "int3", "int2".
-        bits_per_layer: another scheme for some layers, as a `Scheme`, its name or its bits (4 is "int4"): a mapping
+        bits_per_layer: another scheme for some of these, as a `Scheme`, its name or its bits (4 is "int4"): a mapping
             from part of a module's name ("encoder.layer.0", "output.dense"), of which the longest that fits counts;
             or a sequence with one for each block of the encoder.
         skip: parts of names of modules that stay as they are.
@@ -74,13 +76,18 @@ def settle(model: nn.Module, scheme, bits_per_layer, skip) -> Settings:
         raise ValueError("model is quantised already")
     scheme, skip = as_scheme(scheme), _names("skip", skip)
     own = _own_schemes(model, bits_per_layer)
-    for argument, parts in (("bits_per_layer", own), ("skip", skip)):
-        for part in parts:
-            if not any(fits(name, part) for name, _ in model.named_modules()):
-                raise ValueError(f"{argument} names {part!r}, but no module of the model has that in its name")
+    for part in skip:
+        if not any(fits(name, part) for name, _ in model.named_modules()):
+            raise ValueError(f"skip names {part!r}, but no module of the model has that in its name")
     layers = plan(model, scheme, own, skip)
     if not layers:
         raise ValueError(f"model has no linear layer to quantise that is not in skip ({type(model).__name__})")
+    for part in own:
+        if not any(fits(name, part) for name in layers):
+            raise ValueError(f"bits_per_layer names {part!r}, but nothing that is to be quantised has that in its name")
+    for name, chosen in layers.items():
+        if isinstance(model.get_submodule(name), nn.Embedding) and chosen.group not in ROW_BY_ROW:
+            raise ValueError(f"bits_per_layer gives {name} {chosen}; an embedding's group is one of {ROW_BY_ROW}")
     return Settings(scheme, own, skip, layers)
 
 
@@ -99,21 +106,27 @@ def plan(model: nn.Module, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequ
     """{name: scheme} of all modules that are to be replaced."""
     bases = [name for name, module in model.named_modules() if architectures.is_base(module)]
     vocabulary = {getattr(model.get_submodule(base).config, "vocab_size", None) for base in bases}
+    positions = {
+        f"{name}.{table}".removeprefix(".")
+        for name in bases
+        for table in architectures.position_tables(model.get_submodule(name))
+    }
+    table = SMALL_TABLE if scheme.bits < 4 else TABLE
     layers = {}
     for name, module in model.named_modules():
         if any(fits(name, part) for part in skip):
             continue
         if isinstance(module, nn.Embedding):
-            chosen = TABLE if module.num_embeddings in vocabulary else None
+            chosen = table if module.num_embeddings in vocabulary else TABLE if name in positions else None
         elif not isinstance(module, nn.Linear):
             continue
         elif not bases or any(inside(name, base) for base in bases):
-            part = max((part for part in own if fits(name, part)), key=len, default=None)
-            chosen = scheme if part is None else own[part]
+            chosen = scheme
         else:
-            chosen = TABLE if module.out_features in vocabulary else None
+            chosen = table if module.out_features in vocabulary else None
         if chosen is not None:
-            layers[name] = chosen
+            part = max((part for part in own if fits(name, part)), key=len, default=None)
+            layers[name] = chosen if part is None else own[part]
     return layers
 
 
