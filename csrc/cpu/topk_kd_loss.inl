@@ -47,14 +47,16 @@ struct RestSums {
   double z = 0, z_hard = 0;
 };
 
+// `ahead`: where the next chunk will be read.
 template <bool kHard>
-inline void add_rest(RestSums& sums, const float* s, int64_t n, float log2_scale) {
+inline void add_rest(RestSums& sums, const float* s, const float* ahead, int64_t n, float log2_scale) {
   const float ninf = -__builtin_inff();
-  vf chunk_max = set1(ninf);
+  vf chunk_max[4] = {set1(ninf), set1(ninf), set1(ninf), set1(ninf)};
   int64_t i = 0;
-  for (; i + W <= n; i += W) chunk_max = vmax(load(s + i), chunk_max);
-  if (i < n) chunk_max = vmax(load_n(s + i, n - i, ninf), chunk_max);
-  const float old = finite(sums.max), seen = max(chunk_max);
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int j = 0; j < 4; ++j) chunk_max[j] = vmax(load(s + i + j * W), chunk_max[j]);
+  for (; i < n; i += W) chunk_max[0] = vmax(load_n(s + i, n - i < W ? n - i : W, ninf), chunk_max[0]);
+  const float old = finite(sums.max), seen = max(vmax(vmax(chunk_max[0], chunk_max[1]), vmax(chunk_max[2], chunk_max[3])));
   if (seen > sums.max) sums.max = seen;
   const float reference = finite(sums.max);
   if (reference > old) {
@@ -69,7 +71,7 @@ inline void add_rest(RestSums& sums, const float* s, int64_t n, float log2_scale
     if (kHard) z_hard += exp2_scaled(x - m, log2e);
   };
   for (i = 0; i + W <= n; i += W) {
-    __builtin_prefetch(s + i + kKdChunk);
+    __builtin_prefetch(ahead + i);
     add(load(s + i));
   }
   if (i < n) add(load_n(s + i, n - i, ninf));
@@ -84,13 +86,13 @@ inline RestSums rest_sums(const TopkKdLoss& op, const NamedByChunk& named, int64
   RestSums sums;
   for (int64_t c = 0; c < op.classes; c += kKdChunk) {
     const int64_t n = op.classes - c < kKdChunk ? op.classes - c : kKdChunk, chunk = c / kKdChunk;
-    const float* s = kd_chunk(op.student, offset, c, n, buffer);
+    const float *s = kd_chunk(op.student, offset, c, n, buffer), *ahead = s + kKdChunk;
     if (named.begin[chunk] < named.begin[chunk + 1]) {
       if (s != buffer) __builtin_memcpy(buffer, s, n * sizeof(float));
       named.visit(chunk, [&](int64_t k) { buffer[topk_class(op, r, k) - c] = -__builtin_inff(); });
       s = buffer;
     }
-    add_rest<kHard>(sums, s, n, log2_scale);
+    add_rest<kHard>(sums, s, ahead, n, log2_scale);
   }
   return sums;
 }
