@@ -32,9 +32,12 @@ inline int64_t tiles_floats(int64_t lines, int64_t depth, int64_t parts) {
 
 // Whether the products of this row, or line, are exact to its largest number's rounding.
 inline bool tiles_take(const float* x, int64_t n) {
-  vf largest{};
-  for_vectors(n, [&](int64_t i, int64_t lanes) { largest = vmax(largest, vabs(load_up_to(x + i, lanes, 0))); });
-  const float most = max(largest);
+  vf largest[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int j = 0; j < 4; ++j) largest[j] = vmax(largest[j], vabs(load(x + i + j * W)));
+  for (; i < n; i += W) largest[0] = vmax(largest[0], vabs(load_up_to(x + i, n - i < W ? n - i : W, 0)));
+  const float most = max(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3])));
   return most == 0 || most >= 0x1p-100f;
 }
 
@@ -144,4 +147,12 @@ template <int kPartsA, int kPartsB>
       _tile_stored(2, lower, row_bytes);
       _tile_stored(3, lower + kTileLines, row_bytes);
     }
+}
+
+// The product of operands in so many parts.
+inline auto tile_product_of(int64_t parts_a, int64_t parts_b) {
+  return parts_b == 3   ? tile_product<3, 3>
+         : parts_b == 2 ? tile_product<2, 2>
+         : parts_a == 2 ? tile_product<2, 1>
+                        : tile_product<1, 1>;
 }

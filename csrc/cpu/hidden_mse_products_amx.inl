@@ -49,12 +49,8 @@ inline int64_t product_scratch_floats(const HiddenProjection& op) {
 inline void whole_product(const Tiles& a, int64_t line, int64_t rows, const Tiles& b, int64_t columns, float* c, int64_t ldc) {
   const TileScope scope;
   const int64_t depth = a.depth * kTileDepth;
-  const auto product = b.parts == 3   ? tile_product<3, 3>
-                       : b.parts == 2 ? tile_product<2, 2>
-                       : a.parts == 2 ? tile_product<2, 1>
-                                      : tile_product<1, 1>;
   for (int64_t k = 0; k < depth; k += kProjectionDepth)
-    product(a, line, round_up(rows, kTileBlock), b, round_up(columns, kTileBlock), k,
+    tile_product_of(a.parts, b.parts)(a, line, round_up(rows, kTileBlock), b, round_up(columns, kTileBlock), k,
             depth - k < kProjectionDepth ? depth - k : kProjectionDepth, c, ldc, k > 0);
 }
 

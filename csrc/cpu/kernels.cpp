@@ -51,6 +51,12 @@ namespace {
 #include "encoder.inl"
 #include "hidden_cosine.inl"
 #include "moment_mse.inl"
+#include "gram_mse_blocks.inl"
+#if defined(__AMX_BF16__)
+#include "gram_mse_products_amx.inl"
+#else
+#include "gram_mse_products.inl"
+#endif
 #include "gram_mse.inl"
 }  // namespace
 
@@ -92,6 +98,7 @@ const Table table = {
     .hidden_cosine_backward = hidden_cosine_backward,
     .moment_forward = moment_forward,
     .moment_backward = moment_backward,
+    .gram_block = kGramBlock,
     .gram_scratch = gram_scratch,
     .gram_tile = gram_tile,
 };

@@ -4,9 +4,9 @@
 
 #include "../ops/attention.h"
 #include "../ops/encoder.h"
+#include "../ops/gram_mse.h"
 #include "../ops/moment_mse.h"
 #include "attention_map.h"
-#include "gram_mse.h"
 #include "hidden.h"
 #include "hidden_mse.h"
 #include "kd_loss.h"
@@ -80,7 +80,9 @@ struct Table {
   void (*moment_forward)(const MomentMse&, int64_t item, float* scratch);
   void (*moment_backward)(const MomentMse&, int64_t item, float* scratch);
 
-  // One item = what one block of rows meets in one round, item = (round * batch + sequence) * blocks + block; a round at a time.
+  // One item = what one block of gram_block rows meets in one round, item = (round * batch + sequence) * blocks + block; a round at a
+  // time. Subject to `exact`.
+  int64_t gram_block;
   int64_t (*gram_scratch)(const GramMse&);
   void (*gram_tile)(const GramMse&, int64_t item, float* scratch);
 };

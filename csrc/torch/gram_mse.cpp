@@ -1,4 +1,5 @@
 // gram_mse for CPU tensors: rounds of tiles, one after the other, their items to threads.
+#include <cmath>
 #include <cstring>
 
 #include "hidden.h"
@@ -12,11 +13,18 @@ GramFactor gram_factor(const Tensor& x, const char* name, const Tensor& first) {
   return {states_view(x, name), x.size(2)};
 }
 
-// Zeros, which tiles add to.
-Tensor new_sum(const Tensor& like) {
-  Tensor out = new_gradient(like, ScalarType::Float);
-  std::memset(out.mutable_data_ptr(), 0, out.numel() * sizeof(float));
-  return out;
+// The loss, and gradients in `saved` where wanted.
+double run_gram(const cpu::Table& kernels, GramMse op, int64_t lines, const std::vector<Tensor>& saved) {
+  for (const Tensor& sum : saved) std::memset(sum.mutable_data_ptr(), 0, sum.numel() * sizeof(float));
+  op.blocks = (lines + kernels.gram_block - 1) / kernels.gram_block;
+  const int64_t items = op.batch * op.blocks;
+  std::vector<double> partial(op.blocks * items);
+  op.partial = partial.data();
+  for (int64_t round = 0; round < op.blocks; ++round)
+    run_items(items, kernels.gram_scratch(op), [&](int64_t item, float* scratch) { kernels.gram_tile(op, round * items + item, scratch); });
+  double total = 0;
+  for (const double sum : partial) total += sum;
+  return total * op.weight;
 }
 
 std::tuple<Tensor, std::vector<Tensor>> gram_mse(const Tensor& s0, std::optional<Tensor> s1, const Tensor& t0, std::optional<Tensor> t1,
@@ -49,25 +57,19 @@ std::tuple<Tensor, std::vector<Tensor>> gram_mse(const Tensor& s0, std::optional
   }
   op.real = real.data();
   op.first = first.data();
-  op.blocks = cpu::gram_blocks(op.over_token ? longest : std::max(op.s0.features, op.s1.features));
+  const int64_t lines = op.over_token ? longest : std::max(op.s0.features, op.s1.features);
   op.weight = 1 / std::max(entries, 1.0);
 
   std::vector<Tensor> saved;
   if (need_grad) {
-    saved.push_back(new_sum(s0));
-    if (s1) saved.push_back(new_sum(*s1));
+    saved.push_back(new_gradient(s0, ScalarType::Float));
+    if (s1) saved.push_back(new_gradient(*s1, ScalarType::Float));
     op.grad_0 = static_cast<float*>(saved.front().mutable_data_ptr());
     op.grad_1 = static_cast<float*>(saved.back().mutable_data_ptr());
   }
-  const int64_t items = op.batch * op.blocks;
-  std::vector<double> partial(op.blocks * items);
-  op.partial = partial.data();
-  const cpu::Table& kernels = table();
-  for (int64_t round = 0; round < op.blocks; ++round)
-    run_items(items, kernels.gram_scratch(op), [&](int64_t item, float* scratch) { kernels.gram_tile(op, round * items + item, scratch); });
-  double total = 0;
-  for (double sum : partial) total += sum;
-  return {new_scalar(s0, total * op.weight), saved};
+  double loss = run_gram(table(), op, lines, saved);
+  if (table().exact && !std::isfinite(loss)) loss = run_gram(*table().exact, op, lines, saved);
+  return {new_scalar(s0, loss), saved};
 }
 
 std::vector<Tensor> gram_mse_backward(const Tensor& grad, const Tensor& s0, std::optional<Tensor> s1, const Tensor&, std::optional<Tensor>,

@@ -110,9 +110,9 @@ _GRAMS = [
     dict(name="plain", why="two layers of one width"),
     dict(name="same", why="one layer with itself: symmetric", same=True),
     dict(name="one_token", why="1 token", batch=1, tokens=1, d_s=8),
-    dict(name="block_edge", why="one row more than a block", tokens=193, d_s=26, same=True),
-    dict(name="block_edge_two", why="two blocks of rows of two layers", tokens=210, d_s=12),
-    dict(name="wide", why="one feature more than a block", tokens=5, d_s=193, same=True),
+    dict(name="block_edge", why="one row more than a block of tiles", tokens=257, d_s=26, same=True),
+    dict(name="block_edge_two", why="two blocks of rows of two layers", tokens=300, d_s=12),
+    dict(name="wide", why="one feature more than a block", tokens=5, d_s=257, same=True),
     dict(name="odd", why="a width that is no multiple of a vector", tokens=70, d_s=41),
     dict(name="mask_lengths", why="a padded batch, one sequence all padding", batch=4, mask=(41, 1, 0, 17)),
     dict(name="mask_lengths_same", why="the same, symmetric", batch=4, mask=(41, 1, 0, 17), same=True),
@@ -128,7 +128,7 @@ GRAM_MSE = [
     gram(**{**row, "name": f"{over}_{row['name']}"}, over=over) for over in ("hidden", "token") for row in _GRAMS
 ] + [
     gram("hidden_widths", "two layers of unlike width", d_s=24, d_s1=41, d_t1=41, mask=(41, 9), over="hidden"),
-    gram("hidden_blocks", "more blocks of one factor than of the other", 9, 12, d_s1=200, d_t1=200, over="hidden"),
+    gram("hidden_blocks", "more blocks of one factor than of the other", 9, 12, d_s1=260, d_t1=260, over="hidden"),
     gram("token_widths", "student and teacher of unlike width", d_s=26, d_t=64, mask=(41, 9), over="token"),
     gram("token_widths_same", "the same, symmetric", d_s=26, d_t=64, same=True, over="token"),
 ]
