@@ -90,11 +90,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet() -> None:
-    """Transformers' loading bars and reports say nothing here: the Trainer's bar is the progress, and errors are
-    raised.
+    """Transformers' loading bars and reports, and the Hub's retries, say nothing here: the Trainer's bar is the
+    progress, and errors are raised.
     """
+    import huggingface_hub
     from transformers.utils import logging
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+import re
+import shutil
 import threading
 
 import pytest
@@ -525,13 +528,41 @@ class TestCommand:
         assert "quality gate: " in capsys.readouterr().out
         assert not (tmp_path / "out").exists()
 
-    def test_bad_input(self, teacher, texts, tmp_path, capsys):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"model": "not/a/folder"}, "MODEL not/a/folder: no such folder"),
+            ({"model": "full"}, "MODEL .*full is no folder that save_pretrained of transformers wrote"),
+            ({"model": "bare"}, "MODEL .*bare has no tokenizer"),
+            ({"model": "cut"}, "MODEL .*cut can't be loaded"),
+            ({"model": "images"}, "MODEL .*images is a ViTModel, which is no encoder of texts"),
+            ({"out": "full"}, "OUT must be a folder that is new or empty, got .*full"),
+            ({"out": "full/file/out"}, "OUT .*out can't be made: .*file is no folder"),
+            ({"--text": "none.txt"}, "none.txt"),
+            ({"--min-cosine": "98"}, "--min-cosine must be a number from 0 to 1, got 98"),
+            ({"--max-drop": "nan"}, "--max-drop must be a number from 0 to 1, got nan"),
+            ({"--skip": "nothing"}, "skip names 'nothing'"),
+        ],
+    )
+    def test_bad_input(self, teacher, texts, tmp_path, monkeypatch, capsys, change, message):
+        monkeypatch.chdir(tmp_path)
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "file").touch()
-        assert main(["quantize", teacher, str(tmp_path / "full"), "--text", texts]) == 2
-        assert "OUT must be a folder that is new or empty" in capsys.readouterr().err
-        assert main(["quantize", teacher, str(tmp_path / "out"), "--text", str(tmp_path / "none.txt")]) == 2
-        assert "none.txt" in capsys.readouterr().err
+        tiny_bert.bert().save_pretrained("bare")
+        shutil.copytree(teacher, "cut")
+        os.truncate("cut/model.safetensors", 9999)
+        transformers.ViTModel(
+            transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16)
+        ).save_pretrained("images")
+        tiny_bert.tokenizer().save_pretrained("images")
+        given = {"model": teacher, "out": "out", "--text": texts, **change}
+        options = [word for name, value in given.items() if name.startswith("--") for word in (name, value)]
+        assert main(["quantize", given["model"], given["out"], *options]) == 2
+        said = capsys.readouterr().err
+        assert re.search(message, said) and len(said.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+    def test_twice(self, teacher, texts, tmp_path, capsys):
         assert main(["quantize", teacher, str(tmp_path / "out"), "--text", texts]) == 0
         assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "again"), "--text", texts]) == 2
         assert "quantised already" in capsys.readouterr().err

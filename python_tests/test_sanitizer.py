@@ -14,6 +14,7 @@ import torch
 import kdkernels
 from kdkernels import _native
 
+from . import test_encoder, test_varlen_attention
 from .case import evaluate
 from .cases import CASES
 from .test_quant_linear import SCHEMES, check_scheme, name
@@ -51,3 +52,11 @@ def test_kernels_stay_inside_their_memory(case, dtypes):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
 def test_quantised_linears_stay_inside_their_memory(scheme):
     check_scheme(scheme)
+
+
+def test_attention_on_packed_tokens_stays_inside_its_memory():
+    test_varlen_attention.check_values()
+
+
+def test_encoders_stay_inside_their_memory():
+    test_encoder.check_values()

@@ -20,10 +20,12 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from safetensors import SafetensorError
 
 from .quantize import quantize
 
 BATCH = 32
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # without any, transformers makes a tokenizer that knows nothing
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,11 @@ def run(
     """Loads, quantises, measures, prints a table; writes `out` whole unless the gate fails. Returns the exit status."""
     console = console or Console()
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"OUT must be a folder that is new or empty, got {out}")
-    try:
-        loaded = model_class(model).from_pretrained(model).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"MODEL {model} can't be loaded: {error}") from error
+    _check_out(out)
+    for option, share in (("--min-cosine", min_cosine), ("--max-drop", max_drop)):
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{option} must be a number from 0 to 1, got {share}")
+    loaded, tokenizer = load(model)
     if max_drop is not None and not _classifies(loaded):
         raise ValueError(f"--max-drop needs a sequence classifier, got {type(loaded).__name__}")
     with console.status("measuring the original"):
@@ -94,6 +94,29 @@ def run(
     save(loaded, tokenizer, out)
     console.print(f"written to {out}")
     return 0
+
+
+def load(model: str):
+    """(model in eval mode, tokenizer) of a local folder or a name on the Hub. ValueError names what is missing."""
+    folder = Path(model)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"MODEL {model} is no folder that save_pretrained of transformers wrote: it has no config.json"
+        )
+    if folder.exists() and not any(file for files in _TOKENIZER_FILES for file in folder.glob(files)):
+        raise ValueError(
+            f"MODEL {model} has no tokenizer: save_pretrained of the tokenizer writes it to the same folder"
+        )
+    try:
+        loaded = model_class(model).from_pretrained(model).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, SafetensorError) as error:
+        if not folder.exists():
+            raise ValueError(f"MODEL {model}: no such folder, and the Hub gives no model of this name") from error
+        raise ValueError(f"MODEL {model} can't be loaded: {error}") from error
+    if loaded.main_input_name != "input_ids" or loaded.config.is_encoder_decoder:
+        raise ValueError(f"MODEL {model} is a {type(loaded).__name__}, which is no encoder of texts")
+    return loaded, tokenizer
 
 
 def model_class(folder: str):
@@ -136,6 +159,14 @@ def table(before: Measured, after: Measured, deviation: Deviation, texts: int) -
     if deviation.changed is not None:
         made.add_row("classes changed", "", f"{100 * deviation.changed:.2f} %", "")
     return made
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"OUT must be a folder that is new or empty, got {out}")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"OUT {out} can't be made: {parent} is no folder that can be written to")
 
 
 def save(model, tokenizer, out: Path) -> None:
