@@ -253,6 +253,8 @@ def _readable(symbol: str) -> tuple[str, str]:
 
 def _dynamic_shared(name: str, variant: str) -> int:
     """Bytes that a launch adds; the binary does not say."""
+    if name == "varlen_attention::attend":  # kSharedBytes of csrc/cuda/varlen_attention.cu
+        return 4 * 64 * (2 * int(re.search(r"\d+", variant)[0]) + 16)
     if name != "quant_linear::multiply_rows":
         return 0
     bits, m, n = map(int, re.findall(r"\d+", variant)[:3])  # kSharedBytes of csrc/cuda/quant_linear.cu

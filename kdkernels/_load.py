@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import ops
 
 _PACKAGE = Path(__file__).parent
-_CPU_FAMILIES = ("encoder", "varlen_attention")
+_CPU_FAMILIES = ("encoder",)
 _TRITON_FAMILIES = (
     "attention_kl",
     "attention_map_kl",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from .cuda_host import HERE, build, check
+from .test_guard_pages import beside_a_guard
 
 LANES = range(32)
 TYPES = {"s": torch.int8, "u": torch.uint8, "b": torch.bfloat16, "h": torch.float16}
@@ -129,6 +130,27 @@ def test_copies_arrive_at_the_wait(host):
 def test_a_copy_that_was_not_waited_for_is_an_error(host):
     with pytest.raises(RuntimeError, match="read before it was written"):
         run_cp_async(host, hasty=1)
+
+
+@pytest.mark.parametrize("some", [0, 5, 32])
+def test_what_does_not_exist_is_zero_and_not_read(host, some):
+    data = draw(torch.int32, 32, 4, seed=6)
+    out = torch.full((32, 4), 99, dtype=torch.int32)
+    given = beside_a_guard(data[:some], "behind")
+    check(host, host.run_cp_async_some(ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr()), some))
+    data[some:] = 0
+    assert torch.equal(out, data.view(4, 8, 4).permute(1, 2, 0).reshape(32, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pairs_are_rounded_to_nearest(host, dtype):
+    """Ties to even; the first of two in the lower half."""
+    x = draw(torch.float32, 32, 2, seed=7)
+    x[0], x[1] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8]), torch.tensor([1 + 2**-11, 1 + 3 * 2**-11])
+    x[2] = torch.tensor([torch.inf, -torch.inf])
+    out = torch.zeros(32, 2, dtype=dtype)
+    check(host, host.run_pack(dtype == torch.float16, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr())))
+    assert torch.equal(out, x.to(dtype))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -34,9 +34,10 @@ __device__ T load_shared(const void* p) {
   return *static_cast<const T*>(p);
 }
 
-// 16 bytes from global to shared memory, past the first-level cache. They are there after a wait and, for other threads, a barrier.
-__device__ inline void cp_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+// 16 bytes from global to shared memory, past the first-level cache; zeros, and nothing is read, where they don't `exist`. They are there
+// after a wait and, for other threads, a barrier.
+__device__ inline void cp_async(void* to, const void* from, bool exist = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(exist ? 16 : 0) : "memory");
 }
 
 // Closes a group of this thread's copies.
@@ -97,6 +98,16 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 
 #undef KD_MMA
 
+// Two neighbouring elements of a fragment, rounded to nearest.
+template <class T>
+__device__ uint32_t pack(float first, float second) {
+  static_assert(std::is_same<T, __nv_bfloat16>::value || std::is_same<T, __half>::value);
+  uint32_t both;
+  if constexpr (std::is_same<T, __half>::value) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  if constexpr (!std::is_same<T, __half>::value) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+
 #else
 
 using cuda_host::cp_async;
@@ -105,6 +116,7 @@ using cuda_host::cp_async_wait;
 using cuda_host::ldmatrix;
 using cuda_host::load_shared;
 using cuda_host::mma;
+using cuda_host::pack;
 
 inline char* dynamic_shared() { return cuda_host::dynamic_shared; }
 

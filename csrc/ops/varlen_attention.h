@@ -16,7 +16,8 @@ struct TokensView {
 struct VarlenAttention {
   TokensView q, k, v;
   const int32_t* cu_seqlens;  // [sequences + 1]: sequence b is tokens [cu_seqlens[b], cu_seqlens[b + 1])
-  int64_t sequences, longest; // tokens of the longest sequence
+  int64_t sequences, longest;  // tokens of the longest sequence
+  int64_t tokens;              // rows of q, k and v; on CUDA cu_seqlens[sequences] may be less, and what lies behind is not touched
   int64_t heads, size;
   float scale;  // > 0
   void* out;    // [tokens, heads * size], contiguous

@@ -14,7 +14,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from .. import reference
+from .._load import serves
 from ..ops.quant_linear import ACTIVATION
+from ..ops.varlen_attention import CUDA_HEAD_SIZE
 from . import architectures
 from .linear import linear, refuse_gradient
 from .modules import QuantLinear
@@ -67,7 +69,8 @@ class PackedTokens:
         batch, length = self.shape
         if mask is None:
             self.index = None
-            self.cumulative = torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32)
+            bounds = {"dtype": torch.int32, "device": like.device}
+            self.cumulative = torch.arange(0, batch * length + 1, max(length, 1), **bounds)
         else:
             real = mask.bool()
             self.index = real.flatten().nonzero().squeeze(1)
@@ -177,8 +180,11 @@ def run_block(x: torch.Tensor, cumulative: torch.Tensor, block: architectures.Bl
     """One block on packed tokens [T, D] -> [T, D], call by call: the truth that the fused encoder is held against."""
     q, k, v = (linear(x, part.weight, part.bias) for part in (block.query, block.key, block.value))
     heads = config.num_attention_heads
-    attention = reference.varlen_attention if x.dtype == torch.float64 else torch.ops.kdkernels.varlen_attention
-    context = attention(q, k, v, cumulative, heads, (q.shape[1] // heads) ** -0.5)
+    size = q.shape[1] // heads
+    ours = x.dtype != torch.float64 and serves("varlen_attention", x.device)
+    ours = ours and (x.device.type == "cpu" or size <= CUDA_HEAD_SIZE)
+    attention = torch.ops.kdkernels.varlen_attention if ours else reference.varlen_attention
+    context = attention(q, k, v, cumulative, heads, size**-0.5)
     a = block.attention_norm(linear(context, block.output.weight, block.output.bias, residual=x))
     inner = linear(a, block.up.weight, block.up.bias, activation=architectures.activation(config))
     return block.output_norm(linear(inner, block.down.weight, block.down.bias, residual=a))

@@ -19,11 +19,11 @@ T load_shared(const void* p) {
   return *static_cast<const T*>(p);
 }
 
-inline void cp_async(void* to, const void* from) {
+inline void cp_async(void* to, const void* from, bool exist = true) {
   check_shared(to, sizeof(uint4));
   if (reinterpret_cast<uintptr_t>(from) % sizeof(uint4) != 0) fail("cp.async reads from a misaligned address");
   unwrite(to, sizeof(uint4));
-  current().copies.back().push_back({to, *static_cast<const uint4*>(from)});
+  current().copies.back().push_back({to, exist ? *static_cast<const uint4*>(from) : uint4{}});
 }
 
 inline void cp_async_commit() { current().copies.emplace_back(); }
@@ -69,6 +69,18 @@ void ldmatrix(uint32_t (&r)[kCount], const void* row) {
 struct Operands {
   uint32_t a[4], b[2];
 };
+
+inline __nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
+inline __half narrow(float x, __half) { return __float2half_rn(x); }
+
+// cvt.rn.bf16x2.f32 and .f16x2: the first of the two lies in the lower half.
+template <class T>
+uint32_t pack(float first, float second) {
+  const T pair[2] = {narrow(first, T()), narrow(second, T())};
+  uint32_t both;
+  memcpy(&both, pair, sizeof both);
+  return both;
+}
 
 inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 inline float widen(__half x) { return __half2float(x); }

@@ -38,6 +38,23 @@ __global__ void load_matrices(const uint4* in, uint32_t* out, int skew, int fill
   for (int i = 0; i < kCount; ++i) out[threadIdx.x * kCount + i] = registers[i];
 }
 
+template <class T>
+__global__ void pack_pairs(const float* in, uint32_t* out) {
+  out[threadIdx.x] = pack<T>(in[threadIdx.x * 2], in[threadIdx.x * 2 + 1]);
+}
+
+// Only some lanes' 16 bytes exist: none of the others may be read.
+__global__ void copy_some(const uint4* in, uint32_t* out, int some) {
+  uint4* shared = reinterpret_cast<uint4*>(dynamic_shared());
+  cp_async(shared + threadIdx.x, in + threadIdx.x, static_cast<int>(threadIdx.x) < some);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  uint32_t registers[4];
+  ldmatrix<4>(registers, shared + threadIdx.x);
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = registers[i];
+}
+
 // Two groups of copies; `groups` of them are waited for, then the other group's data is read all the same where `hasty`.
 __global__ void copy_in_groups(const uint4* in, uint32_t* out, int hasty) {
   uint4* shared = reinterpret_cast<uint4*>(dynamic_shared());
@@ -113,6 +130,14 @@ int run_ldmatrix(int count, int transpose, const uint4* in, uint32_t* out, int s
 
 int run_cp_async(const uint4* in, uint32_t* out, int hasty) {
   return launch_shared(copy_in_groups, 1, 32, 64 * sizeof(uint4), nullptr, in, out, hasty);
+}
+
+int run_cp_async_some(const uint4* in, uint32_t* out, int some) {
+  return launch_shared(copy_some, 1, 32, 32 * sizeof(uint4), nullptr, in, out, some);
+}
+
+int run_pack(int is_half, const float* in, uint32_t* out) {
+  return launch(is_half ? pack_pairs<__half> : pack_pairs<__nv_bfloat16>, 1, 32, nullptr, in, out);
 }
 
 int run_vote(const bool* votes, uint32_t* out) { return launch(vote, 1, 32, nullptr, votes, out); }
