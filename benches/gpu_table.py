@@ -37,7 +37,8 @@ SHIM, INTERPRETER = "the `.cu` source under a host shim", "Triton's interpreter"
 ROUTES = (
     Route("`kd_loss`, CUDA C++", ("kd_loss",), CUDA, SHIM),
     Route("`quant_linear`, CUDA C++", ("quant_linear",), CUDA, SHIM),
-    Route("`varlen_attention`, CUDA C++", ("varlen_attention",), CUDA, SHIM),
+    Route("`varlen_attention`, CUDA C++", ("varlen_attention", "encoder"), CUDA, SHIM),
+    Route("`encoder`, CUDA C++", ("encoder",), CUDA, SHIM),
     Route("`attention_kl`, `relation_kl`, Triton", ("attention_kl", "relation_kl"), TRITON, INTERPRETER),
     Route("`attention_mse`, Triton", ("attention_mse",), TRITON, INTERPRETER),
     Route(

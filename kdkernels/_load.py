@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from . import ops
 
 _PACKAGE = Path(__file__).parent
-_CPU_FAMILIES = ("encoder",)
 _TRITON_FAMILIES = (
     "attention_kl",
     "attention_map_kl",
@@ -55,8 +54,6 @@ def _has_triton() -> bool:
 
 
 def _missing(family: str) -> str:
-    if family in _CPU_FAMILIES:
-        return "it has kernels for the CPU only"
     if family in _TRITON_FAMILIES and not _has_triton():
         return "triton is not installed"
     needs_library = family not in _TRITON_FAMILIES or family in _ON_KD_LOSS

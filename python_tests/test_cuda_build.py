@@ -10,7 +10,7 @@ import torch
 import kdkernels
 
 LIBRARY = Path(kdkernels.__file__).parent / "libkdkernels_cuda.so"
-OPS = ("kd_loss", "kd_loss_backward", "quant_prepare", "quant_linear", "varlen_attention")
+OPS = ("kd_loss", "kd_loss_backward", "quant_prepare", "quant_linear", "varlen_attention", "encoder")
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library was not built: no nvcc")
 

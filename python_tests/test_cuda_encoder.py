@@ -1,11 +1,14 @@
-"""The encoder's CUDA kernels, compiled by the host compiler and run on the CPU: LayerNorm with codes."""
+"""The encoder's CUDA kernels, compiled by the host compiler and run on the CPU: LayerNorm with codes, and all blocks as
+csrc/cuda/encoder.cu queues them, against the CPU's encoder."""
 
 import pytest
 import torch
 
 from kdkernels.quant import Scheme, pack
+from kdkernels.quant.encoder import run_blocks
 
 from .cuda_host.encoder import Host
+from .test_encoder import draw as draw_blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-12
@@ -78,3 +81,50 @@ def test_what_is_not_finite_stays_in_its_row(host):
     out, codes, scales, _ = host.normalize_rows(*given, EPS, packed)
     assert out[1:3].isnan().all() and scales[1:3].isnan().all()
     assert torch.equal(out[::3], clean[0][::3]) and torch.equal(codes[::3], clean[1][::3])
+
+
+# Lengths, features, heads, inner: less and more than a tile of 64, an empty text; the projections wider than f(W_up a).
+SHAPES = [((5, 1, 0, 19), 48, 3, 80), ((70, 3), 64, 1, 100), ((9,), 96, 6, 40)]
+
+
+def by_parts(host, x, cumulative, blocks, config) -> torch.Tensor:
+    """The states behind the blocks, each part a call of its own."""
+    states, heads = [], config.num_attention_heads
+    for block in blocks:
+        q, k, v = (host.linear(x, part.weight, part.bias) for part in (block.query, block.key, block.value))
+        context = host.attention(q, k, v, cumulative, heads, (q.shape[1] // heads) ** -0.5)
+        summed, norm = host.linear(context, block.output.weight, block.output.bias), block.attention_norm
+        a = host.normalize_rows(summed, x, norm.weight, norm.bias, EPS)[0]
+        inner = host.linear(a, block.up.weight, block.up.bias, activation="gelu")
+        summed, norm = host.linear(inner, block.down.weight, block.down.bias), block.output_norm
+        x = host.normalize_rows(summed, a, norm.weight, norm.bias, EPS)[0]
+        states.append(x)
+    return torch.stack(states)
+
+
+CASES = [
+    *((scheme, SHAPES[0], torch.float32) for scheme in READERS),
+    *((READERS[0], shape, torch.float32) for shape in SHAPES[1:]),
+    *((READERS[0], SHAPES[0], dtype) for dtype in DTYPES[1:]),
+]
+
+
+@pytest.mark.parametrize(("scheme", "shape", "dtype"), CASES)
+@torch.no_grad()
+def test_encoder(host, scheme, shape, dtype):
+    """The bits that its parts give one by one, with room for more tokens than there are, which holds NaN; and what the
+    CPU gives but for rounding, attention's in bf16 above all, which flips codes here and there."""
+    x, cumulative, blocks, config = draw_blocks(shape, scheme, 2)
+    on_cpu = torch.stack(run_blocks(x, cumulative, blocks, config, True))
+    for block in blocks:
+        for module in (*block.linears, block.attention_norm, block.output_norm):
+            module.to(dtype)
+    x = x.to(dtype)
+    room = torch.cat((x, x.new_full((2 * len(x) + 7, x.shape[1]), torch.nan)))
+    states = host.encoder(room, cumulative, blocks, config.num_attention_heads, "gelu", EPS, all_states=True)
+    assert states[:, len(x) :].isnan().all()
+    assert torch.equal(states[:, : len(x)], by_parts(host, x, cumulative, blocks, config))
+    (last,) = host.encoder(x, cumulative, blocks, config.num_attention_heads, "gelu", EPS)
+    assert torch.equal(last, states[1, : len(x)])
+    error = (states[:, : len(x)].float() - on_cpu).abs()
+    assert error.mean() < 1.5e-2 and error.max() < 0.2

@@ -1,10 +1,13 @@
 """What only a GPU can show: of every op streams, CUDA graphs and that the host never waits; of kd_loss, whose CUDA C++
 kernels nothing else runs there, the table of cases, memory and a second device too. The Triton kernels' values are in
-test_triton.py, those of quant_linear in test_cuda_quant_linear.py."""
+test_triton.py, those of quant_linear in test_cuda_quant_linear.py. Quantised encoders: values, graphs, no waiting."""
+
+import copy
 
 import pytest
 import torch
 
+import kdkernels
 from kdkernels import functional
 from kdkernels.ops._common import KIND
 from kdkernels.quant import linear, pack
@@ -13,6 +16,7 @@ from . import tolerance
 from .case import OPS, evaluate
 from .cases import of
 from .test_cuda_quant_linear import Gpu, extremes
+from .test_quantize import batch, tiny
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -304,3 +308,58 @@ def test_products_never_wait_for_the_device(product, rows):
         product(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(params=[("bert", "int8"), ("roberta", "int4"), ("distilbert", "int2")], ids="-".join)
+def encoder(request):
+    """A quantised model on the CPU and the same on the GPU, and a batch of texts of mixed length for each."""
+    name, scheme = request.param
+    model = kdkernels.quantize(tiny(name), scheme).requires_grad_(False)
+    inputs = batch(model.config)
+    return model, inputs, copy.deepcopy(model).cuda(), {key: x.cuda() for key, x in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_encoder_gives_what_the_cpu_gives(encoder, dtype):
+    """Attention's products are bf16 or fp16 there, which flips codes here and there; padding is exactly 0."""
+    on_cpu, inputs, model, on_gpu = encoder
+    real, expected = inputs["attention_mask"].bool(), on_cpu(**inputs).last_hidden_state
+    got = model.to(dtype)(**on_gpu).last_hidden_state.cpu()
+    assert got.dtype == dtype and not got[~real].any()
+    assert torch.nn.functional.cosine_similarity(got[real].float(), expected[real]).min() > 0.99
+
+
+def test_encoder_replays_in_a_graph(encoder):
+    """On texts of other lengths than those that were captured."""
+    model, inputs = encoder[2:]
+    other = {key: x.cuda() for key, x in batch(model.config, lengths=(3, 17, 0, 8), seed=1).items()}
+    expected = [model(**given).last_hidden_state for given in (inputs, other)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = model(**inputs).last_hidden_state
+    for given, true in zip((dict(inputs), other), expected, strict=True):
+        for key, x in given.items():
+            inputs[key].copy_(x)
+        graph.replay()
+        assert torch.equal(output, true)
+
+
+def test_encoder_never_waits_for_the_device(encoder):
+    model, inputs = encoder[2:]
+    model(**inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_encoder_compiles_to_graphs(encoder):
+    """torch.compile(mode="reduce-overhead") captures by itself."""
+    model, inputs = encoder[2:]
+    expected = model(**inputs).last_hidden_state
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        got = compiled(**inputs).last_hidden_state.clone()
+    assert torch.nn.functional.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.999

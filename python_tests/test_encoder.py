@@ -77,7 +77,7 @@ def check_values() -> None:
     for scheme in SCHEMES:
         for shape in SHAPES:
             x, cumulative, blocks, config = draw(shape, scheme, 1)
-            assert fuses(x, blocks)
+            assert fuses(x, blocks, config)
             (got,) = run_blocks(x, cumulative, blocks, config, False)
             expected = run_block(x, cumulative, blocks[0], config)
             assert got.shape == expected.shape
@@ -142,11 +142,13 @@ def test_threads_do_not_show():
 
 def test_what_it_does_not_take_runs_call_by_call():
     for scheme in (Scheme(activation_bits=None), Scheme(8, "in", 16)):
-        assert not fuses(*draw(SHAPES[0], scheme)[::2])
-    x, _, blocks, _ = draw(SHAPES[0])
-    assert fuses(x, blocks) and not fuses(x.double(), blocks) and not fuses(x.bfloat16(), blocks)
+        x, _, blocks, config = draw(SHAPES[0], scheme)
+        assert not fuses(x, blocks, config)
+    x, _, blocks, config = draw(SHAPES[0])
+    assert fuses(x, blocks, config)
+    assert not fuses(x.double(), blocks, config) and not fuses(x.bfloat16(), blocks, config)
     blocks[1].up.bias = None
-    assert not fuses(x, blocks)
+    assert not fuses(x, blocks, config)
 
 
 def test_a_gradient_is_refused():

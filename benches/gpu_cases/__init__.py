@@ -55,6 +55,6 @@ def compiled(function: Callable, device: str) -> Callable:
 
 
 def cases() -> tuple[Case, ...]:
-    from . import quant_linear
+    from . import encoder, quant_linear
 
-    return quant_linear.CASES
+    return encoder.CASES + quant_linear.CASES

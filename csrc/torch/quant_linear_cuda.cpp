@@ -1,7 +1,6 @@
 // quant_linear for CUDA tensors: rows of activations to 8 bits, then products, on torch's current stream. Preparing a weight is the
 // host's work and waits for the device, once, when a weight is loaded.
-#include "../cuda/quant_linear.h"
-#include "quant_linear.h"
+#include "quant_linear_cuda.h"
 #include "stream.h"
 
 namespace kd {
@@ -20,15 +19,9 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor>
                     int64_t out_features, int64_t activation, bool quantize, double input_scale, int64_t layout) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   STD_TORCH_CHECK(quantize, "weight-only products are not served on CUDA");
-  STD_TORCH_CHECK(x.dim() >= 1 && weight.device() == x.device(), "weight must be on the device of x");
-  Packed scheme;
-  const bool known = packed_scheme(layout, out_features, x.size(x.dim() - 1), scheme);
-  STD_TORCH_CHECK(known && out_features > 0, "layout must be that of a PackedWeight");
+  STD_TORCH_CHECK(x.dim() >= 1, "x must have one to three dimensions");
   QuantLinear op{};
-  const uint8_t* prepared = bytes_of(weight, "weight");
-  const int64_t bytes = cuda::quant_weights(cuda::quant_layout(scheme), prepared, op.weights);
-  STD_TORCH_CHECK(bytes == weight.numel() && reinterpret_cast<uintptr_t>(prepared) % 16 == 0,
-                  "weight must come from quant_prepare, for x's columns, out_features and layout");
+  describe_prepared(weight, out_features, x.size(x.dim() - 1), layout, x, op.weights);
   const QuantWeights& w = op.weights;
   const std::vector<int64_t> shape = describe(op, x, bias, residual, out_features, activation, input_scale);
   Tensor out = new_empty(x, shape, x.scalar_type());

@@ -111,14 +111,14 @@ def position_tables(base: nn.Module) -> list[str]:
     return ["embeddings.position_embeddings"] if type(base).__name__ in _BLOCKS else []
 
 
-def positions(base: nn.Module, ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+def positions(base: nn.Module, ids: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     """The position ids [B or 1, N] that the model gives its tokens when it is given none."""
-    embeddings = base.embeddings
+    embeddings, first = base.embeddings, 0
     if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from behind the padding id
         if ids is not None:
             return embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
-        return torch.arange(embeddings.padding_idx + 1, embeddings.padding_idx + 1 + shape[1])[None]
-    return torch.arange(shape[1])[None]
+        first = embeddings.padding_idx + 1
+    return torch.arange(first, first + shape[1], device=device)[None]
 
 
 def widen(base: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -58,32 +58,50 @@ def attach_all(model: nn.Module) -> None:
             attach(module)
 
 
+def keeps_room(device: torch.device) -> bool:
+    """Whether packed tokens keep room for as many as there are with padding: where the host would have to wait to learn
+    their number, and a CUDA graph replays on batches with other lengths."""
+    return device.type != "cpu"
+
+
 class PackedTokens:
     """Which tokens of [batch, length] are real, and the way there and back.
 
     `lengths` are cumulated as varlen attention takes them: sequence b is tokens [cumulative[b], cumulative[b + 1]).
+    Where room is kept, pack returns batch * length rows; what those from cumulative[-1] on hold does not matter.
     """
 
     def __init__(self, like: torch.Tensor, mask: torch.Tensor | None):
         self.shape = tuple(like.shape[:2])
+        self.index = self.place = self.padding = None
         batch, length = self.shape
         if mask is None:
-            self.index = None
             bounds = {"dtype": torch.int32, "device": like.device}
             self.cumulative = torch.arange(0, batch * length + 1, max(length, 1), **bounds)
+            return
+        real = mask.bool()
+        self.cumulative = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        real = real.flatten()
+        if keeps_room(like.device):
+            count = batch * length
+            self.padding, place = ~real, real.cumsum(0) - 1
+            index = place.new_zeros(count + 1)  # one more, which padding is sent to
+            every = torch.arange(count, device=real.device)
+            self.index = index.scatter_(0, place.masked_fill(self.padding, count), every)[:count]
+            self.place = place.clamp(min=0)
         else:
-            real = mask.bool()
-            self.index = real.flatten().nonzero().squeeze(1)
-            self.cumulative = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+            self.index = real.nonzero().squeeze(1)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, ...] -> [T, ...]"""
         x = x.expand(*self.shape, *x.shape[2:]).flatten(0, 1)
-        return x if self.index is None else x[self.index]
+        return x if self.index is None else x.index_select(0, self.index)
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [B, N, D], 0 at padding"""
-        if self.index is not None:
+        if self.place is not None:
+            x = x.index_select(0, self.place).masked_fill_(self.padding[:, None], 0)
+        elif self.index is not None:
             x = x.new_zeros(self.shape[0] * self.shape[1], x.shape[1]).index_copy_(0, self.index, x)
         return x.view(*self.shape, x.shape[1])
 
@@ -123,7 +141,7 @@ class PaddingFree:
     def _embed(self, tokens: PackedTokens, ids, embeds, token_types, positions) -> torch.Tensor:
         """[T, D]: the model's own embeddings, on the real tokens as one sequence."""
         if positions is None:
-            positions = architectures.positions(self, ids, tokens.shape)
+            positions = architectures.positions(self, ids, tokens.shape, tokens.cumulative.device)
         given = {"position_ids": tokens.pack(positions)[None]}
         if embeds is not None:
             given["inputs_embeds"] = tokens.pack(embeds)[None]
@@ -135,7 +153,7 @@ class PaddingFree:
 
 def run_blocks(x: torch.Tensor, cumulative: torch.Tensor, blocks: list, config, keep_all: bool) -> list[torch.Tensor]:
     """The blocks on packed tokens [T, D]: the state behind each of them, or behind the last."""
-    if not fuses(x, blocks):
+    if not fuses(x, blocks, config):
         states = []
         for block in blocks:
             x = run_block(x, cumulative, block, config)
@@ -158,9 +176,15 @@ def run_blocks(x: torch.Tensor, cumulative: torch.Tensor, blocks: list, config, 
     return list(states.unbind(0))
 
 
-def fuses(x: torch.Tensor, blocks: list[architectures.Block]) -> bool:
+_FUSED_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def fuses(x: torch.Tensor, blocks: list[architectures.Block], config) -> bool:
     """Whether one call of the kernels can run the blocks: 8-bit activations whose codes the projections share."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not blocks:
+    dtypes = _FUSED_DTYPES.get(x.device.type, ())
+    if x.dtype not in dtypes or not blocks or not serves("encoder", x.device):
+        return False
+    if x.device.type == "cuda" and blocks[0].query.out_features > config.num_attention_heads * CUDA_HEAD_SIZE:
         return False
     eps = blocks[0].output_norm.eps
     for block in blocks:
@@ -171,7 +195,7 @@ def fuses(x: torch.Tensor, blocks: list[architectures.Block]) -> bool:
             if part.scheme.activation_bits != 8 or part.scheme.group == "in" or part.bias is None:
                 return False
         for norm in (block.attention_norm, block.output_norm):
-            if norm.eps != eps or norm.bias is None or norm.weight.dtype != torch.float32:
+            if norm.eps != eps or norm.bias is None or norm.weight.dtype not in dtypes:
                 return False
     return True
 

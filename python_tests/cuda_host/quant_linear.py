@@ -63,13 +63,17 @@ class Host:
             getattr(self.library, name).restype = ctypes.c_int64
         assert self.library.host_sizeof_quant_linear() == ctypes.sizeof(QuantLinear)
 
+    def prepare(self, packed) -> tuple[QuantLinear, torch.Tensor]:
+        """A call with its weights, and the memory that they are in."""
+        op, blob = QuantLinear(), packed.blob
+        given = _pointer(blob), ctypes.c_int64(blob.numel())
+        prepared = torch.zeros(self.library.host_prepare(*given, None, ctypes.byref(op)), dtype=torch.uint8)
+        self.library.host_prepare(*given, _pointer(prepared), ctypes.byref(op))
+        return op, prepared
+
     def reader(self, x, packed, input_scale=0.0):
         """(the call that reads x as codes, before they are made; what its pointers need; codes, scales, sums)"""
-        op = QuantLinear()
-        blob = packed.blob
-        size = self.library.host_prepare(_pointer(blob), ctypes.c_int64(blob.numel()), None, ctypes.byref(op))
-        prepared = torch.zeros(size, dtype=torch.uint8)
-        self.library.host_prepare(_pointer(blob), ctypes.c_int64(blob.numel()), _pointer(prepared), ctypes.byref(op))
+        op, prepared = self.prepare(packed)
         op.x, op.rows, op.static_scale = _rows(x), len(x), input_scale
         codes = torch.full((len(x), op.weights.depth), 99, dtype=torch.int8)
         scales = Guarded((len(x),), torch.float32)
