@@ -37,6 +37,7 @@ COMPILE_SECONDS = 20
 TESTS = {
     "python_tests/test_cuda_gpu.py": "",
     "python_tests/test_cuda_quant_linear.py": "gpu",
+    "python_tests/test_cuda_varlen_attention.py": "gpu",
     "python_tests/test_triton.py": "",
 }
 

@@ -1,6 +1,7 @@
 """What only a GPU can show: of every op streams, CUDA graphs and that the host never waits; of kd_loss, whose CUDA C++
 kernels nothing else runs there, the table of cases, memory and a second device too. The Triton kernels' values are in
-test_triton.py, those of quant_linear in test_cuda_quant_linear.py. Quantised encoders: values, graphs, no waiting."""
+test_triton.py, those of quant_linear in test_cuda_quant_linear.py, and all of varlen_attention is in
+test_cuda_varlen_attention.py. Quantised encoders: values, graphs, no waiting."""
 
 import copy
 

@@ -55,6 +55,6 @@ def compiled(function: Callable, device: str) -> Callable:
 
 
 def cases() -> tuple[Case, ...]:
-    from . import encoder, quant_linear
+    from . import encoder, quant_linear, varlen_attention
 
-    return encoder.CASES + quant_linear.CASES
+    return encoder.CASES + quant_linear.CASES + varlen_attention.CASES

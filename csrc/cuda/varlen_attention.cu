@@ -239,7 +239,7 @@ __device__ void store_rows(const VarlenAttention& op, const Place& at, const flo
 template <class S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks) attend(VarlenAttention op) {
   const Place at(op);
-  if (at.first < at.begin || at.first >= at.end) return;
+  if (at.first >= at.end) return;
   char* shared = dynamic_shared();
   const auto load_keys = [&](int key, int stage) {
     load_tile<S>(op, op.k, at, key, shared + stage);
