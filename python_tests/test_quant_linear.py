@@ -256,6 +256,7 @@ def test_opcheck(scheme):
     arguments = (x.view(2, 3, 40), packed.prepared, bias, residual.view(2, 3, 30), 30, 2, quantize, 0.0)
     torch.library.opcheck(torch.ops.kdkernels.quant_linear.default, arguments)
     torch.library.opcheck(torch.ops.kdkernels.quant_prepare.default, (packed.blob,))
+    torch.library.opcheck(torch.ops.kdkernels.quant_restore.default, (packed.prepared, packed.blob[:64].clone()))
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kdkernels.quant import NAMED, PackedWeight, Scheme, pack
+from kdkernels.quant.pack import encode, find_ranges
 from kdkernels.quant.packed import Parts, pack_blob, unpack_blob
 
 from .test_quant_linear import SCHEMES, name
@@ -137,6 +138,27 @@ def test_extreme_weights(scheme, scale):
     if scale > 1e-38:
         error = (got.double() - w).norm() / w.double().norm()
         assert error < {"int8": 0.02, "int4": 0.2, "int3": 0.35, "int2": 0.7}[scheme]
+
+
+@pytest.mark.parametrize("shape", [(9, 70), (70, 33), (16, 128)], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name)
+def test_blobs_are_restored_to_the_bit(scheme, shape):
+    """A weight is kept as the kernels read it, and the blob that it came from made again for whoever asks."""
+    w = weight(*shape)
+    kept, made = (encode(w, scheme, *find_ranges(w, scheme), prepare=prepare) for prepare in (False, True))
+    assert kept.prepared is None and made.prepared is not None
+    assert kept.blob is kept.blob and torch.equal(made.blob, kept.blob)
+
+
+def test_a_blob_is_restored_with_its_own_header_alone():
+    packed, other = pack(weight(), "int4"), pack(weight(), "int8")
+    for header, message in (
+        (other.blob[:64], "the packed weight that had this header"),
+        (packed.blob[:63], "does not begin with KDQW"),
+        (packed.blob[64:128], "does not begin with KDQW"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.kdkernels.quant_restore(packed.prepared, header.clone())
 
 
 def test_copies():

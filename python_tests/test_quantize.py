@@ -421,6 +421,29 @@ class TestCheckpoints:
             transformers.AutoModelForSequenceClassification.from_pretrained(folder)
 
 
+def test_a_weight_is_kept_once():
+    """In buffers, as the kernels read it; a state dict has it as it is stored, and so has a module that was moved."""
+    model = kdkernels.quantize(tiny("bert"))
+    layer = model.encoder.layer[0].output.dense
+    assert layer.packed is None and layer.prepared is layer.weight.prepared
+    stored = model.state_dict()
+    assert torch.equal(stored["encoder.layer.0.output.dense.packed"], layer.weight.blob)
+    assert not any(name.endswith("prepared") for name in stored)
+    layer.to(torch.float64)
+    assert torch.equal(layer.packed, stored["encoder.layer.0.output.dense.packed"]) and layer.prepared is None
+    assert layer.weight.prepared is layer.prepared and layer.packed is None
+    other = kdkernels.quantize(tiny("bert"), skip=["layer.1"])
+    with pytest.raises(RuntimeError, match="packed"):
+        other.load_state_dict(stored)
+    changed = kdkernels.quantize(tiny("bert"))
+    for parameter in changed.parameters():
+        parameter.data.zero_()
+    changed.load_state_dict(stored)
+    inputs = batch(model.config)
+    with torch.no_grad():
+        assert torch.equal(changed(**inputs)[0], kdkernels.quantize(tiny("bert"))(**inputs)[0])
+
+
 class TestReliability:
     @torch.no_grad()
     def test_nan_and_infinities_stay_in_their_text(self):

@@ -60,6 +60,7 @@ struct Packed {
   int64_t row_bytes() const { return (columns + kCodeRun - 1) / kCodeRun * 4 * bits; }
   int64_t groups() const { return ((group == Group::kOut ? rows : columns) + group_size - 1) / group_size; }
   bool two_level() const { return group == Group::kBlock && bits < 8; }
+  bool has_zeros() const { return !symmetric && !two_level(); }  // as a section: those of two levels are in `steps`
   int64_t num_scales() const {
     if (group == Group::kOut || group == Group::kIn) return groups();
     return two_level() || group == Group::kChannel ? rows : rows * groups();
@@ -112,9 +113,23 @@ inline uint8_t step_of(const Packed& p, int64_t row, int64_t run) {
   return static_cast<uint8_t>(1 | 1 << 7);
 }
 
-// Reads a header and lays the sections out; returns what is wrong with it, or null. It protects memory; whether the bytes are the ones
-// once written is the checksum's to say (kdkernels/quant/packed.py).
-inline const char* parse_packed(const uint8_t* blob, int64_t size, Packed& p) {
+// Points the sections of a weight, whose other fields are there, into its blob; returns the size that the blob must have.
+inline int64_t packed_sections(const uint8_t* blob, Packed& p) {
+  int64_t at = kPackedHeader;
+  const auto section = [&](int64_t bytes) {
+    const uint8_t* begin = blob + at;
+    at += packed_round_up(bytes, kPackedAlign);
+    return begin;
+  };
+  p.codes = section(p.rows * p.row_bytes());
+  p.scales = section(p.num_scales() * 4);
+  if (p.has_zeros()) p.zeros = section(p.num_scales());
+  if (p.two_level()) p.steps = section(p.rows * p.groups());
+  return at;
+}
+
+// Reads a header; returns what is wrong with it, or null.
+inline const char* parse_packed_header(const uint8_t* blob, int64_t size, Packed& p) {
   if (size < kPackedHeader || std::memcmp(blob, "KDQW", 4) != 0) return "packed must be a packed weight: it does not begin with KDQW";
   uint16_t version;
   std::memcpy(&version, blob + 4, 2);
@@ -136,17 +151,14 @@ inline const char* parse_packed(const uint8_t* blob, int64_t size, Packed& p) {
   if (p.rows < 1 || p.rows > kMaxRows || p.columns < 1 || p.columns > kMaxColumns || p.group_size < 1 || p.group_size > kMaxRows)
     return "packed has an impossible shape";
   if (p.group == Group::kBlock && p.group_size % kCodeRun != 0) return "packed has blocks that are no multiple of 32 columns";
-  int64_t at = kPackedHeader;
-  const auto section = [&](int64_t bytes) {
-    const uint8_t* begin = blob + at;
-    at += packed_round_up(bytes, kPackedAlign);
-    return begin;
-  };
-  p.codes = section(p.rows * p.row_bytes());
-  p.scales = section(p.num_scales() * 4);
-  if (!p.symmetric && !p.two_level()) p.zeros = section(p.num_scales());
-  if (p.two_level()) p.steps = section(p.rows * p.groups());
-  return at == size ? nullptr : "packed has not the size that its header says: it is truncated or damaged";
+  return nullptr;
+}
+
+// Reads a blob; returns what is wrong with it, or null. It protects memory; whether the bytes are the ones once written is the
+// checksum's to say (kdkernels/quant/packed.py).
+inline const char* parse_packed(const uint8_t* blob, int64_t size, Packed& p) {
+  if (const char* wrong = parse_packed_header(blob, size, p)) return wrong;
+  return packed_sections(blob, p) == size ? nullptr : "packed has not the size that its header says: it is truncated or damaged";
 }
 
 }  // namespace kd

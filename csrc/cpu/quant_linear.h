@@ -43,6 +43,11 @@ static inline int64_t quant_linear_together(const QuantLinear& op, int64_t worke
 int64_t quant_prepared_bytes(const Packed& packed);
 void quant_prepare(const Packed& packed, uint8_t* prepared);  // which is 64-byte aligned
 
+// The way back, to the bit: the sections of `packed`, which has its header, are written from weights that were prepared from it. Whether
+// they can have been is for quant_prepared_from to say.
+bool quant_prepared_from(const Packed& packed, const QuantWeights& weights);
+void quant_restore(const QuantWeights& weights, const Packed& packed);
+
 // The weights in a prepared run of bytes, or null and what is wrong with it.
 const char* quant_weights(const uint8_t* prepared, int64_t size, QuantWeights& weights);
 

@@ -1,6 +1,7 @@
 // The packed format, the same for every device, to panels that the CPU kernels read in order. One layout serves every ISA: 16 output
 // features by 4 columns are a vector of VNNI's operand and a row of AMX's, whose tiles of 64 columns then lie together in 1 KB. Rows 256
-// bytes apart, 64 output features by 4 columns, cost tiles a third of their speed.
+// bytes apart, 64 output features by 4 columns, cost tiles a third of their speed. Nothing is lost on the way, so that a weight need not
+// be kept in both forms: quant_restore goes back.
 #include <algorithm>
 #include <cstring>
 
@@ -47,13 +48,10 @@ int64_t lay_out(const Header& header, const uint8_t* base, QuantWeights& w) {
   return at;
 }
 
-// Zeros beside the middle code, which products with the sums of activations take off. Those of two levels go while unpacking.
-bool has_zeros(const Packed& p) { return p.zeros; }
-
 Header header_of(const Packed& p) {
   const bool by_block = p.group == Group::kBlock && p.bits == 8;
   const int64_t all = packed_round_up(p.columns, kCodeRun);
-  return {kMagic,    kPreparedVersion, p.rows, p.columns, by_block ? std::min(p.group_size, all) : all, p.bits, has_zeros(p),
+  return {kMagic,    kPreparedVersion, p.rows, p.columns, by_block ? std::min(p.group_size, all) : all, p.bits, p.has_zeros(),
           p.group == Group::kIn};
 }
 
@@ -66,6 +64,33 @@ void place_low(int bits, const uint8_t* codes, int64_t lane, uint8_t* vectors) {
     } else {
       vectors[vector % 2 * 64 + byte] |= static_cast<uint8_t>((codes[k] & 3) << (vector / 2 * 2));
       if (bits == 3) vectors[128 + byte] |= static_cast<uint8_t>((codes[k] >> 2) << vector);
+    }
+  }
+}
+
+// The codes that place_low put there.
+void take_low(int bits, const uint8_t* vectors, int64_t lane, uint8_t* codes) {
+  for (int64_t k = 0; k < kCodeRun; ++k) {
+    const int64_t vector = k / 4, byte = lane * 4 + k % 4;
+    if (bits == 4) {
+      codes[k] = vectors[vector % 4 * 64 + byte] >> (vector / 4 * 4) & 15;
+    } else {
+      codes[k] = vectors[vector % 2 * 64 + byte] >> (vector / 2 * 2) & 3;
+      if (bits == 3) codes[k] |= (vectors[128 + byte] >> vector & 1) << 2;
+    }
+  }
+}
+
+// A run of 32 codes as the packed format has it (core/packed.h), into bytes that are 0.
+void pack_run(int bits, const uint8_t* codes, uint8_t* run) {
+  for (int64_t i = 0; i < kCodeRun; ++i) {
+    if (bits == 8) {
+      run[i] = codes[i];
+    } else if (bits == 4) {
+      run[i % 16] |= static_cast<uint8_t>(codes[i] << (i / 16 * 4));
+    } else {
+      run[i % 8] |= static_cast<uint8_t>((codes[i] & 3) << (i / 8 * 2));
+      if (bits == 3) run[8 + i % 4] |= static_cast<uint8_t>((codes[i] >> 2) << (i / 4));
     }
   }
 }
@@ -121,6 +146,41 @@ void quant_prepare(const Packed& p, uint8_t* prepared) {
     const bool in = p.group == Group::kIn;
     if (w.column_scales) const_cast<float*>(w.column_scales)[column] = scale_at(p, column / p.group_size);
     if (zeros) const_cast<int8_t*>(w.column_zeros)[column] = static_cast<int8_t>(in ? p.zeros[column / p.group_size] - middle : 1);
+  }
+}
+
+bool quant_prepared_from(const Packed& packed, const QuantWeights& w) {
+  const Header header = header_of(packed);
+  return w.rows == header.rows && w.columns == header.columns && w.segment == header.segment && w.bits == header.bits &&
+         !w.zeros == !header.has_zeros && !w.column_scales == !header.has_column_scales;
+}
+
+void quant_restore(const QuantWeights& w, const Packed& p) {
+  uint8_t *codes = const_cast<uint8_t*>(p.codes), *zeros = const_cast<uint8_t*>(p.zeros), *steps = const_cast<uint8_t*>(p.steps);
+  const int64_t padded = w.panels * kPanelRows, middle = 1 << (p.bits - 1), runs = w.depth / kCodeRun;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const int64_t group = row / kGroupRows, lane = row % kGroupRows;
+    for (int64_t run = 0; run * kCodeRun < p.columns; ++run) {
+      uint8_t run_codes[kCodeRun];
+      if (p.bits == 8) {
+        const uint8_t* from = w.codes + (group * w.depth + run * kCodeRun) * kGroupRows;
+        for (int64_t i = 0; i < kCodeRun; ++i) run_codes[i] = static_cast<uint8_t>(from[(i / 4 * kGroupRows + lane) * 4 + i % 4] + 128);
+      } else {
+        take_low(p.bits, w.codes + (group * runs + run) * p.bits * 64, lane, run_codes);
+      }
+      for (int64_t i = p.columns - run * kCodeRun; i < kCodeRun; ++i) run_codes[i] = 0;
+      pack_run(p.bits, run_codes, codes + row * p.row_bytes() + run * 4 * p.bits);
+    }
+    if (!steps) continue;
+    for (int64_t block = 0; block < p.groups(); ++block)
+      steps[row * p.groups() + block] = w.steps[(group * runs + block * p.group_size / kCodeRun) * kGroupRows + lane];
+  }
+  for (int64_t i = 0; i < p.num_scales(); ++i) {
+    const bool in = p.group == Group::kIn, by_block = p.group == Group::kBlock && !p.two_level();
+    const int64_t first = in || p.group == Group::kOut ? i * p.group_size : i;  // of the group's columns or rows
+    const int64_t at = by_block ? i % p.groups() * padded + i / p.groups() : first;
+    std::memcpy(const_cast<uint8_t*>(p.scales) + i * 4, (in ? w.column_scales : w.scales) + at, 4);
+    if (zeros) zeros[i] = static_cast<uint8_t>((in ? w.column_zeros[at] : w.zeros[at]) + middle);
   }
 }
 

@@ -11,6 +11,23 @@ Tensor quant_prepare(const Tensor& packed) {
   return out;
 }
 
+Tensor quant_restore(const Tensor& prepared, const Tensor& header) {
+  const uint8_t* begin = bytes_of(header, "header");
+  Packed packed;
+  const char* wrong = parse_packed_header(begin, header.numel(), packed);
+  STD_TORCH_CHECK(!wrong, wrong ? wrong : "");
+  QuantWeights weights;
+  describe_weights(prepared, weights);
+  STD_TORCH_CHECK(cpu::quant_prepared_from(packed, weights), "prepared must come from the packed weight that had this header");
+  Tensor out = new_tensor(prepared, {packed_sections(begin, packed)}, ScalarType::Byte);
+  uint8_t* blob = static_cast<uint8_t*>(out.mutable_data_ptr());
+  std::memset(blob, 0, out.numel());
+  std::memcpy(blob, begin, kPackedHeader);
+  packed_sections(blob, packed);
+  cpu::quant_restore(weights, packed);
+  return out;
+}
+
 Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                     int64_t out_features, int64_t activation, bool quantize, double input_scale,
                     int64_t /*layout: the header of `weight` has it*/) {
@@ -46,5 +63,6 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor>
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("quant_prepare", TORCH_BOX(&kd::quant_prepare));
+  m.impl("quant_restore", TORCH_BOX(&kd::quant_restore));
   m.impl("quant_linear", TORCH_BOX(&kd::quant_linear));
 }

@@ -58,13 +58,18 @@ class KdkernelsQuantizer(HfQuantizer):
         from .encoder import attach_all
         from .modules import QuantEmbedding, QuantLinear
 
+        for tensor in (*model.parameters(), *model.buffers()):
+            if (
+                tensor.device.type == "cpu"
+            ):  # views of the mapped file, which would stay in memory beside what is laid out
+                tensor.data = tensor.data.clone()
+        expected, found = self.quantization_config.digest, digest(model)
         for name, module in model.named_modules():
             if isinstance(module, (QuantLinear, QuantEmbedding)):
                 try:
                     module.weight  # noqa: B018  reads and checks it
                 except ValueError as error:
                     raise ValueError(f"the checkpoint's {name}.packed is unusable: {error}") from None
-        expected, found = self.quantization_config.digest, digest(model)
         same_dtypes = expected.partition(":")[0] == found.partition(":")[0]
         if self._as_saved and same_dtypes and expected != found:
             raise ValueError("the checkpoint is damaged: its tensors do not have the digest that its config.json says")

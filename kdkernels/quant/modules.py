@@ -3,44 +3,70 @@
 They keep the names of what they replace, so that a checkpoint reads like the original's with `weight` become `packed`.
 """
 
+import threading
+
 import torch
 from torch import nn
 
 from .linear import linear
-from .pack import pack
+from .pack import encode, find_ranges, pack
 from .packed import PackedWeight, blob_bytes
 from .scheme import Scheme
 
+_LAYING_OUT = threading.Lock()
+
 
 class _Packed(nn.Module):
-    """Holds the buffer `packed`, and beside it the PackedWeight, which the kernels read, made at the first call."""
+    """Holds a packed weight once: as the buffer `packed`, as it was loaded; from the first call, or packing, on as a
+    PackedWeight, whose layout for the kernels then is the buffer `prepared`. A state dict always has `packed`.
+    """
+
+    _prepare: bool  # whether kernels multiply with it
 
     def __init__(self, rows: int, columns: int, scheme: Scheme):
         super().__init__()
         self.scheme = scheme
         self.register_buffer("packed", torch.zeros(blob_bytes(scheme, rows, columns), dtype=torch.uint8))
+        self.register_buffer("prepared", None, persistent=False)
         self._weight = None
-        self.register_load_state_dict_post_hook(_Packed._forget)
 
     @property
     def weight(self) -> PackedWeight:
         """ValueError if the buffer is not a whole packed weight of this module's shape and scheme."""
         if self._weight is None:
-            weight = PackedWeight(self.packed)
-            if tuple(weight.shape) != self.shape or weight.scheme != self.scheme:
-                raise ValueError(f"packed holds {weight}, where {self} was expected")
-            self._weight = weight
+            with _LAYING_OUT:  # threads may make the first call together
+                if self._weight is None:
+                    self._hold(PackedWeight(self.packed, prepare=self._prepare))
         return self._weight
 
-    def _forget(self, *_) -> None:
-        self._weight = None
+    def _hold(self, weight: PackedWeight) -> None:
+        if tuple(weight.shape) != self.shape or weight.scheme != self.scheme:
+            raise ValueError(f"packed holds {weight}, where {self} was expected")
+        self._weight, self.prepared = weight, weight.prepared
+        self.packed = weight.blob if weight.prepared is None else None
+
+    def _unfold(self) -> None:
+        """Back to the buffer alone."""
+        if self._weight is not None:
+            self.packed, self.prepared, self._weight = self._weight.blob, None, None
 
     def _apply(self, function, recurse=True):
-        self._forget()
+        self._unfold()
         return super()._apply(function, recurse)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is None:
+            destination[f"{prefix}packed"] = self._weight.blob
+
+    def _load_from_state_dict(self, *arguments):
+        self._unfold()
+        super()._load_from_state_dict(*arguments)
+
     def __getstate__(self):
-        return {**self.__dict__, "_weight": None}
+        packed = self.packed if self._weight is None else self._weight.blob
+        buffers = {**self._buffers, "packed": packed, "prepared": None}
+        return {**self.__dict__, "_buffers": buffers, "_weight": None}
 
 
 class QuantLinear(_Packed):
@@ -49,6 +75,8 @@ class QuantLinear(_Packed):
     A call takes [..., in_features] in float32, bfloat16 or float16 and returns [..., out_features] in the same dtype.
     Made empty it waits for a checkpoint.
     """
+
+    _prepare = True
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool = True):
         super().__init__(out_features, in_features, scheme)
@@ -65,7 +93,7 @@ class QuantLinear(_Packed):
     def of(cls, module: nn.Linear, scheme: Scheme, importance: torch.Tensor | None = None) -> "QuantLinear":
         """The module, packed; `importance` as in `pack`."""
         self = cls.like(module, scheme)
-        self.packed = pack(module.weight, scheme, importance=importance).blob
+        self._hold(pack(module.weight, scheme, importance=importance))
         if module.bias is not None:
             self.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
         return self
@@ -87,6 +115,8 @@ class QuantEmbedding(_Packed):
     Takes integer ids of any shape and returns [..., embedding_dim] in the model's dtype.
     """
 
+    _prepare = False
+
     def __init__(self, num_embeddings: int, embedding_dim: int, scheme: Scheme, *, padding_idx: int | None = None):
         super().__init__(num_embeddings, embedding_dim, scheme)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
@@ -105,7 +135,7 @@ class QuantEmbedding(_Packed):
     def of(cls, module: nn.Embedding, scheme: Scheme) -> "QuantEmbedding":
         """The module, packed."""
         self = cls.like(module, scheme)
-        self.packed = pack(module.weight, scheme).blob
+        self.packed = encode(module.weight, scheme, *find_ranges(module.weight, scheme), prepare=False).blob
         return self
 
     @property

@@ -54,12 +54,14 @@ def find_ranges(weight: torch.Tensor, scheme: Scheme, importance=None):
     return (_two_level if scheme.two_level else _one_level)(weight, counts, scheme)
 
 
-def encode(weight: torch.Tensor, scheme: Scheme, scales, zeros, steps) -> PackedWeight:
-    """Packs a weight with ranges that are known: each weight gets the nearest value there is."""
+def encode(weight: torch.Tensor, scheme: Scheme, scales, zeros, steps, *, prepare: bool = True) -> PackedWeight:
+    """Packs a weight with ranges that are known: each weight gets the nearest value there is. `prepare` as in
+    `PackedWeight`.
+    """
     weight = weight.detach().float()
     ratio = weight / spread(scales, scheme, *weight.shape)
     codes = grid(scheme, zeros, steps, weight.shape).codes(ratio).to(torch.uint8)
-    return PackedWeight(pack_blob(scheme, Parts(codes, scales, zeros, steps)).to(weight.device))
+    return PackedWeight(pack_blob(scheme, Parts(codes, scales, zeros, steps)).to(weight.device), prepare=prepare)
 
 
 def _checked_importance(importance, weight: torch.Tensor) -> torch.Tensor:

@@ -31,24 +31,34 @@ class Parts:
 class PackedWeight:
     """A weight [out features, in features] in 8 to 2 bits.
 
-    It holds one uint8 tensor, `blob`, the same on every device, and beside it the same weight as the kernels of the
-    blob's device read it, laid out once, here. Immutable: threads may share it.
+    It is kept once: as the kernels of its device read it (`prepared`), or where none do, as `blob`. The CPU's kernels
+    lose nothing, so there `blob` is made again for whoever asks. Immutable: threads may share it.
 
     Args:
         blob: a flat uint8 tensor as `pack` made it, for instance out of a safetensors file.
+        prepare: whether to lay it out for products, here and now; a table that is only looked up has no use for that.
 
     Raises: TypeError or ValueError if the blob is not a packed weight, is of another version, cut off, or damaged.
     """
 
-    def __init__(self, blob: torch.Tensor):
+    def __init__(self, blob: torch.Tensor, *, prepare: bool = True):
         self.scheme, self.shape = _read_header(blob)
-        self.blob = blob.detach().contiguous()
-        self.prepared = torch.ops.kdkernels.quant_prepare(self.blob) if self._served() else None
+        self.device, self._prepare = blob.device, prepare
+        self._blob = blob = blob.detach().contiguous()
+        self._header = blob[:_ALIGN].clone()
+        self.prepared = torch.ops.kdkernels.quant_prepare(blob) if prepare and self._served() else None
+        if self.prepared is not None and self.device.type == "cpu":
+            self._blob = None
+
+    @property
+    def blob(self) -> torch.Tensor:
+        """The weight as csrc/core/packed.h describes it, the same on every device."""
+        return torch.ops.kdkernels.quant_restore(self.prepared, self._header) if self._blob is None else self._blob
 
     @property
     def nbytes(self) -> int:
         """Bytes of the blob: what it takes on disk."""
-        return self.blob.numel()
+        return blob_bytes(self.scheme, *self.shape)
 
     @property
     def layout(self) -> int:
@@ -62,13 +72,11 @@ class PackedWeight:
         weight_only = self.scheme.activation_bits is None
         return _load.serves("quant_linear", self.device) and (self.device.type == "cpu" or not weight_only)
 
-    @property
-    def device(self) -> torch.device:
-        return self.blob.device
-
     def to(self, device) -> "PackedWeight":
         """The same weight on another device."""
-        return self if torch.device(device) == self.device else PackedWeight(self.blob.to(device))
+        if torch.device(device) == self.device:
+            return self
+        return PackedWeight(self.blob.to(device), prepare=self._prepare)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the codes stand for, [out features, in features]."""
@@ -98,10 +106,10 @@ class PackedWeight:
         return _factors(unpack_blob(self.blob, self.scheme, self.shape), self.scheme, *self.shape)
 
     def __getstate__(self):
-        return self.blob
+        return self.blob, self._prepare
 
-    def __setstate__(self, blob):
-        self.__init__(blob)
+    def __setstate__(self, state):
+        self.__init__(state[0], prepare=state[1])
 
     def __repr__(self) -> str:
         return f"PackedWeight(shape={tuple(self.shape)}, {self.scheme}, {self.nbytes} bytes, {self.device})"

@@ -86,7 +86,7 @@ class _FakeQuantized:
 
     def _packed(self) -> torch.Tensor:
         with torch.no_grad():
-            return encode(self.weight, self.scheme, self._ranges(), self.zeros, self.steps).blob
+            return encode(self.weight, self.scheme, self._ranges(), self.zeros, self.steps, prepare=False).blob
 
 
 class FakeQuantLinear(_FakeQuantized, nn.Linear):

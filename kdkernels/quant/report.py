@@ -134,7 +134,8 @@ def measure(model, tokenizer, texts: Sequence[str]) -> Measured:
     encode = functools.partial(tokenizer, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     batches = [encode(list(texts[i : i + BATCH])) for i in range(0, len(texts), BATCH)]
     outputs = torch.cat([_per_text(model, batch) for batch in batches])
-    size = sum(x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()])
+    tensors = {(x.data_ptr(), x.nbytes) for x in model.state_dict().values()}  # tied ones are one
+    size = sum(nbytes for _, nbytes in tensors)
     return Measured(outputs, size, _seconds(model, encode(texts[0]), 20), _seconds(model, batches[0], 5))
 
 
