@@ -1,11 +1,12 @@
 """`kdkernels doctor`: what this installation has, which implementation each op uses and why, and whether it works.
 
-Each op family runs once on a small input, forward and backward, beside its reference; the exit status is 1 if one
-is wrong.
+Each loss runs once on a small input, forward and backward, and so do products and attention of quantised encoders,
+forward, beside their references; the exit status is 1 if one is wrong.
 """
 
 import importlib.util
 import platform
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -34,10 +35,7 @@ def main() -> int:
     _line("gpu", _gpu())
 
     if not problems:
-        print()
-        for op, by_device in _load.explain().items():
-            _line(op, "; ".join(f"{device}: {text}" for device, text in by_device.items()))
-        print()
+        _report_ops()
         problems += _check("cpu")
         if torch.cuda.is_available():
             problems += _check("cuda")
@@ -46,6 +44,18 @@ def main() -> int:
     if not problems:
         print("All ops agree with their references.")
     return 1 if problems else 0
+
+
+def _report_ops() -> None:
+    """Which implementation serves which ops: those that are served alike stand together."""
+    alike = defaultdict(list)
+    for op, by_device in _load.explain().items():
+        alike[tuple(by_device.items())].append(op)
+    for by_device, ops in alike.items():
+        print(f"\n{', '.join(ops)}")
+        for device, text in by_device:
+            print(f"  {device}: {text}")
+    print()
 
 
 def _line(name: str, text: str) -> None:
@@ -77,14 +87,14 @@ def _report_isa(native) -> list[str]:
 
 def _cuda_library(archs: str) -> str:
     if not archs:
-        return "absent: built without nvcc, so kd_loss has no kernel for CUDA tensors"
+        return "absent: built without nvcc, so what is CUDA C++ has no kernel for CUDA tensors"
     text = f"present, for {' '.join('sm_' + arch for arch in archs.split(','))}"
     return text if torch.version.cuda else text + "; not used: this torch is built without CUDA"
 
 
 def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
-        return "not installed: the attention, relation and hidden losses have no kernel for CUDA tensors"
+        return "not installed: losses other than kd_loss have no kernel for CUDA tensors"
     import triton
 
     return triton.__version__
@@ -111,8 +121,11 @@ def _check(device: str) -> list[str]:
     mask[1, 3:] = False
     heads = [draw(2, 2, 5, 8) for _ in range(4)]
     maps = [draw(2, 2, 5, 5) for _ in range(2)]
+    named = draw(2, 5, 17).topk(4)
     calls = {
         "kd_loss": ([draw(2, 5, 17), draw(2, 5, 17)], {"temperature": 2.0, "mask": mask}),
+        "linear_kd_loss": ([draw(2, 5, 8), draw(17, 8), draw(2, 5, 12), draw(17, 12)], {"mask": mask}),
+        "topk_kd_loss": ([draw(2, 5, 17), named.values, named.indices], {"mask": mask}),
         "attention_kl": (heads, {"mask": mask}),
         "attention_mse": (heads, {"mask": mask}),
         "attention_map_mse": (maps, {"mask": mask}),
@@ -131,6 +144,32 @@ def _check(device: str) -> list[str]:
             problems.append(f"{name} on {device}: {str(error).splitlines()[0].split('. ')[0]}")
             continue
         if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, truth, strict=True)):
+            problems.append(f"{name} on {device} disagrees with its reference")
+    return problems + _check_quantised(device, draw)
+
+
+def _check_quantised(device: str, draw) -> list[str]:
+    """A product with packed weights, and attention on packed tokens, against their references."""
+    from . import quant
+
+    packed = quant.pack(draw(32, 64), quant.NAMED["int4"])
+    x, tokens = draw(5, 64), [draw(7, 16) for _ in range(3)]
+    lengths = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
+    calls = {
+        "quant_linear": (lambda: quant.linear(x, packed), lambda: reference.quant_linear(x, packed).float()),
+        "varlen_attention": (
+            lambda: torch.ops.kdkernels.varlen_attention(*tokens, lengths, 2, 0.3),
+            lambda: reference.varlen_attention(*tokens, lengths, 2, 0.3),
+        ),
+    }
+    problems = []
+    for name, (ours, truth) in calls.items():
+        try:
+            right = torch.allclose(ours(), truth(), rtol=2e-2, atol=2e-2)  # attention's products are bf16 on a GPU
+        except RuntimeError as error:
+            problems.append(f"{name} on {device}: {str(error).splitlines()[0]}")
+            continue
+        if not right:
             problems.append(f"{name} on {device} disagrees with its reference")
     return problems
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from kdkernels import recipes
+from kdkernels import recipes, reference
 from kdkernels.cli import main
 from kdkernels.distill import DistillError
 from kdkernels.distill.checkpoints import check, latest
@@ -190,3 +190,11 @@ def test_other_commands(capsys, monkeypatch, tmp_path):
             main(argv)
     with pytest.raises(SystemExit, match="2"):
         main(["distil"])
+
+
+@pytest.mark.parametrize("op", ["topk_kd_loss", "quant_linear"])
+def test_doctor_finds_a_wrong_op(op, monkeypatch, capsys):
+    truth = getattr(reference, op)
+    monkeypatch.setattr(reference, op, lambda *args, **options: truth(*args, **options) * 1.1)
+    assert main(["doctor"]) == 1
+    assert f"BROKEN: {op} on cpu disagrees with its reference" in capsys.readouterr().out
