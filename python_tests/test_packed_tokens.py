@@ -1,11 +1,13 @@
 """Packed tokens where the host never learns how many are real, as on a GPU, here on the CPU: the same tokens, the same
 hidden states, and nothing that would wait for the device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import kdkernels
-from kdkernels.quant import encoder
+from kdkernels.quant import architectures, encoder
 from kdkernels.quant.encoder import PackedTokens
 
 from .nosync import NoSync
@@ -60,6 +62,25 @@ def test_a_model_never_makes_the_host_wait(monkeypatch, name):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_without_a_mask_all_are_real():
-    tokens = PackedTokens(torch.empty(3, 4, device="meta"), None)
-    assert tokens.cumulative.device.type == "meta" and tokens.cumulative.shape == (4,)
+@torch.no_grad()
+def test_a_model_is_one_graph(monkeypatch):
+    """torch.compile finds nothing that it has to leave to Python. Without padding, so that the CPU's blocks do."""
+    model = kdkernels.quantize(tiny("roberta")).requires_grad_(False)
+    inputs = batch(model.config, lengths=(9, 9))
+    monkeypatch.setattr(encoder, "keeps_room", lambda device: True)
+    expected = model(**inputs).last_hidden_state
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_everything_is_on_the_device_of_the_tokens(masked):
+    """Which here has no values to look at, and whose tensors refuse to meet the CPU's."""
+    ids = torch.empty(3, 4, dtype=torch.int64, device="meta")
+    tokens = PackedTokens(ids, torch.empty_like(ids) if masked else None)
+    packed = tokens.pack(ids[..., None].float())
+    positions = architectures.positions(SimpleNamespace(embeddings=None), ids, tokens.shape, ids.device)
+    made = (packed, tokens.unpack(packed), tokens.pack(positions), tokens.cumulative)
+    assert {x.device.type for x in made} == {"meta"}
+    assert [x.shape for x in made] == [(12, 1), (3, 4, 1), (12,), (4,)]
