@@ -87,6 +87,21 @@ struct Place {
   }
 };
 
+// 8 elements on a 16-byte boundary.
+template <class T>
+__device__ Chunk<T> load_chunk(const T* from) {
+  Chunk<T> chunk;
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kVectors; ++i) chunk.vectors()[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  return chunk;
+}
+
+template <class Element>
+__device__ void store_chunk(char* to, const float (&x)[kChunk]) {
+  *reinterpret_cast<uint4*>(to) = {pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]), pack<Element>(x[4], x[5]),
+                                   pack<Element>(x[6], x[7])};
+}
+
 // Starts to bring a tile of the head's tokens from `first` on; zeros behind the sequence's last and behind the head's columns. A thread
 // has the same 8 columns of every kRows-th token.
 template <class S>
@@ -102,24 +117,30 @@ __device__ void load_tile(const VarlenAttention& op, const TokensView& x, const 
   const int64_t step = kRows * x.stride_token;
   char* to = tile + row * S::kRowBytes + column * 2;
   const bool whole = left >= kChunk && x.stride_column == 1 && (reinterpret_cast<uintptr_t>(from) | step * sizeof(In)) % sizeof(uint4) == 0;
-  if (sizeof(In) == 2 && whole) {
-#pragma unroll
-    for (int i = 0; i < kTile / kRows; ++i, from += step) cp_async(to + i * kRows * S::kRowBytes, from, i * kRows < rows);
-    return;
-  }
+  constexpr int kSteps = kTile / kRows, kStepBytes = kRows * S::kRowBytes;
+  if (!whole) {
 #pragma unroll 1
-  for (int i = 0; i < kTile / kRows; ++i, from += step, to += kRows * S::kRowBytes) {
-    const int real = i * kRows < rows ? left : 0;
-    if (whole && real > 0) {
-      Chunk<In> given;
+    for (int i = 0; i < kSteps; ++i, from += step, to += kStepBytes) {
+      const int real = i * kRows < rows ? left : 0;
+      float given[kChunk];
 #pragma unroll
-      for (int part = 0; part < Chunk<In>::kVectors; ++part) given.vectors()[part] = __ldg(reinterpret_cast<const uint4*>(from) + part);
-      const auto two = [&](int k) { return pack<Element>(to_float(given.at[k]), to_float(given.at[k + 1])); };
-      *reinterpret_cast<uint4*>(to) = {two(0), two(2), two(4), two(6)};
-    } else {
+      for (int k = 0; k < kChunk; ++k) given[k] = k < real ? to_float(from[k * x.stride_column]) : 0.f;
+      store_chunk<Element>(to, given);
+    }
+  } else if constexpr (sizeof(In) == 2) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i, from += step) cp_async(to + i * kStepBytes, from, i * kRows < rows);
+  } else {
+    constexpr int kTogether = S::kSize <= 64 ? 2 : 4;  // on their way at once, in the registers that are free
 #pragma unroll 1
-      for (int k = 0; k < kChunk; ++k)
-        reinterpret_cast<Element*>(to)[k] = from_float<Element>(k < real ? to_float(from[k * x.stride_column]) : 0.f);
+    for (int i = 0; i < kSteps; i += kTogether, from += kTogether * step, to += kTogether * kStepBytes) {
+      Chunk<In> given[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) given[j] = (i + j) * kRows < rows ? load_chunk(from + j * step) : Chunk<In>{};
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        store_chunk<Element>(to + j * kStepBytes, given[j].at);
+      }
     }
   }
 }
