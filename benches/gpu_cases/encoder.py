@@ -42,7 +42,7 @@ def _build(texts, tokens, scheme, peers, device, small) -> Built:
     linears = [module for module in quantised.encoder.modules() if isinstance(module, QuantLinear)]
     products = 2 * ids.numel() * sum(module.in_features * module.out_features for module in linears)
     products += 4 * ids.numel() * tokens * model.config.hidden_size * model.config.num_hidden_layers  # of attention
-    moved = sum(module.packed.numel() for module in linears) + 4 * ids.numel() * model.config.hidden_size
+    moved = sum(module.weight.nbytes for module in linears) + 4 * ids.numel() * model.config.hidden_size
     return Built(calls, model(ids).last_hidden_state, Work(moved, products))
 
 
