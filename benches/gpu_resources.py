@@ -62,6 +62,7 @@ LIMITS = {
     "kd_loss::": Limit(64),  # two blocks of 512 threads
     "normalize_rows::": Limit(128),  # a block of 512, which holds the longest rows
     "quant_rows::": Limit(64),  # four blocks of 256
+    "quant_few_rows::": Limit(255),  # one block of 256 threads, or two: their launch bounds say which
     "quant_linear::multiply_rows": Limit(255),  # two blocks of 128: tiles of 128 x 128 keep 128 sums a thread
     # ptxas gives up a few registers to fit one more block on a multiprocessor; real spilling takes hundreds of bytes.
     "triton::": Limit(stack=48),
@@ -246,20 +247,21 @@ def _readable(symbol: str) -> tuple[str, str]:
     """(source's name::kernel, template arguments) of a C++ symbol."""
     source = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", symbol)[1]
     full = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-    plain = re.sub(r"kd::|cuda::|\(anonymous namespace\)::", "", full)
+    plain = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", full)
     kernel, arguments = re.fullmatch(r"(?:void )?(\w+)(?:<(.*)>)?\(.*\)", plain).groups()
     return f"{source}::{kernel}", (arguments or "").replace(" >", ">")
 
 
 def _dynamic_shared(name: str, variant: str) -> int:
     """Bytes that a launch adds; the binary does not say."""
-    if name == "varlen_attention::attend":  # kSharedBytes of csrc/cuda/varlen_attention.cu
-        return 4 * 64 * (2 * int(re.search(r"\d+", variant)[0]) + 16)
-    if name != "quant_linear::multiply_rows":
-        return 0
-    bits, m, n = map(int, re.findall(r"\d+", variant)[:3])  # kSharedBytes of csrc/cuda/quant_linear.cu
-    tile = 64 * 64 * bits // 8 + (128 if bits < 8 else 0)
-    return max(4 * (m * 64 + n // 64 * tile), m * (n + 8) * 4)
+    shape = re.sub(r"Shape<(.*)>", r"\1", variant).split(", ")  # kSharedBytes of the sources
+    if name == "quant_linear::multiply_rows":
+        bits, m, n = map(int, shape[:3])
+        tile = 64 * 64 * bits // 8 + (128 if bits < 8 else 0)
+        return max(4 * (m * 64 + n // 64 * tile), m * (n + 8) * 4)
+    if name == "quant_few_rows::multiply":
+        return 4 * 16 * int(shape[3]) * (64 + 8) * 4
+    return 4 * 64 * (2 * int(shape[1]) + 16) if name == "varlen_attention::attend" else 0
 
 
 def _cuobjdump(*arguments) -> str:

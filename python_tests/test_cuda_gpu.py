@@ -11,7 +11,7 @@ import torch
 import kdkernels
 from kdkernels import functional
 from kdkernels.ops._common import KIND
-from kdkernels.quant import linear, pack
+from kdkernels.quant import Scheme, linear, pack
 
 from . import tolerance
 from .case import OPS, evaluate
@@ -252,7 +252,7 @@ def test_opcheck_and_compile(reduction):
     assert torch.equal(loss.detach(), expected[0]) and torch.equal(gradient, expected[1])
 
 
-@pytest.mark.parametrize("rows", [3, 133, 2050])
+@pytest.mark.parametrize("rows", [3, 16, 133, 2050])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_integer_sums_are_exact(bits, rows):
     """Few rows, and enough for both sizes of tiles."""
@@ -260,7 +260,7 @@ def test_integer_sums_are_exact(bits, rows):
     assert torch.equal(Gpu().linear(x, packed), expected)
 
 
-@pytest.fixture(params=["int8", "int4", "int3", "int2"])
+@pytest.fixture(params=["int8", "int4", "int3", "int2", Scheme(4, "block", activation_bits=None)], ids=str)
 def product(request):
     """A linear layer of x in that scheme, 300 features to 200."""
     generator = torch.Generator("cuda").manual_seed(0)

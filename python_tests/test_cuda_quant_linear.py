@@ -16,6 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, in and out features: one, one more or less than a tile of 64 or 128, odd ones, more tiles than stages.
 SHAPES = [(1, 64, 64), (65, 100, 63), (3, 33, 129), (130, 330, 2)]
 A8 = [scheme for scheme in SCHEMES if scheme.activation_bits]
+WEIGHT_ONLY = [scheme for scheme in SCHEMES if not scheme.activation_bits]
+# Rows, in and out features, of each type: an incomplete unit of columns, columns split among blocks, two tiles of rows.
+FLOATS = dict(zip(DTYPES, [(3, 330, 65), (2, 1100, 10), (33, 100, 63)], strict=True))
 
 
 class Gpu:
@@ -46,6 +49,51 @@ def test_scheme(device, scheme):
         assert_close(device.linear(x, packed, bias, **options), truth, magnitude(x, packed, bias, residual))
 
 
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY, ids=name)
+def test_weight_only(device, scheme):
+    """Weights are exact in every type, and float32 is the sum of its parts, so only sums and the output round."""
+    for dtype, shape in FLOATS.items():
+        x, weight, bias, residual = draw(*shape)
+        x = x if dtype == torch.float32 else (x / x.abs().amax(1, keepdim=True)).to(dtype)
+        packed = pack(weight, scheme)
+        got = device.linear(x, packed, bias, activation="relu", residual=residual)
+        truth = reference.quant_linear(x, packed, bias, activation="relu", residual=residual)
+        rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+        assert_close(got, truth, magnitude(x, packed, bias, residual), 1e-6 + rounding)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_weight_only_sums_in_any_order_of_threads(host, bits):
+    """Rows in any strides; the same bits whichever thread goes first, with columns split among blocks too."""
+    scheme = Scheme(bits, "block" if bits < 8 else "channel", 32 if bits < 8 else None, activation_bits=None)
+    x, weight, _, _ = draw(5, 1100, 70)
+    packed, rows = pack(weight, scheme), x.bfloat16()
+    expected = host.linear(rows, packed)
+    for strided in (rows.T.contiguous().T, rows.repeat_interleave(2, 0)[::2]):
+        assert torch.equal(host.linear(strided, packed), expected)
+    host.library.host_reverse_threads(True)
+    try:
+        assert torch.equal(host.linear(rows, packed), expected)
+    finally:
+        host.library.host_reverse_threads(False)
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_weight_only_keeps_what_is_not_finite_in_its_row(device, bits):
+    """Large numbers stay finite in their parts."""
+    x, weight, _, _ = draw(5, 70, 9)
+    packed = pack(weight, Scheme(bits, activation_bits=None))
+    clean = device.linear(x, packed)
+    x[1, 5], x[2, 7], x[3] = torch.nan, torch.inf, 0
+    x[3, 11] = 1.9999999 * 2.0**112
+    y, weights = device.linear(x, packed), packed.dequantize()
+    assert torch.equal(y[[0, 4]], clean[[0, 4]])
+    assert y[1].isnan().all()
+    zero = weights[:, 7] == 0
+    assert y[2][zero].isnan().all() and torch.equal(y[2][~zero], weights[~zero, 7].sign() * torch.inf)
+    torch.testing.assert_close(y[3].double(), x[3, 11].double() * weights[:, 11].double(), rtol=1e-6, atol=0)
+
+
 def extremes(bits, rows, columns, features):
     """(x, packed, x W^T): sums are integers, the largest that there can be among them, and scales of x are 1."""
     generator = torch.Generator().manual_seed(bits)
@@ -72,6 +120,18 @@ def test_integer_sums_are_exact(host, bits, tile, reverse):
     finally:
         host.library.host_reverse_threads(False)
     assert host.library.host_bank_conflicts() == conflicts
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_integer_sums_of_few_rows_are_exact(host, bits, reverse):
+    """Each warp has columns of its own, and two blocks share them."""
+    x, packed, expected = extremes(bits, 11, 1100, 70)
+    host.library.host_reverse_threads(reverse)
+    try:
+        assert torch.equal(host.linear(x, packed), expected)
+    finally:
+        host.library.host_reverse_threads(False)
 
 
 @pytest.mark.parametrize("columns", [1, 33, 1024, 1500, 9000])

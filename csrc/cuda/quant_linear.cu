@@ -11,20 +11,16 @@
 // 4096 x 3072 x 768 are 19.3 G operations, 9.8 us at the 1979 TOPS of an H200; reading and writing, 31 MB in bf16, are 6.4 us.
 #include "quant_linear.h"
 
+#include "epilogue.h"
 #include "launch.h"
 #include "mma.h"
-#include "row.h"
+#include "unpack.h"
 
 namespace kd::cuda {
 namespace {
 
 constexpr int kStages = 4, kThreads = 128, kChunkBytes = 16;
 constexpr int kFewBlocks = 128;  // below that many, large tiles leave multiprocessors idle
-
-template <int kBits>
-constexpr int kCodeBytes = code_bytes(kBits);
-template <int kBits>
-constexpr int kTileBytes = tile_bytes(kBits);
 
 // kSegments: scales change along the columns, so that sums are scaled and added up in fp32 as they come.
 template <int kBits_, int kM_, int kN_, bool kSegments_ = false>
@@ -86,10 +82,6 @@ __device__ void load_tile(const QuantLinear& op, const Place<S>& at, int64_t til
     for (int i = threadIdx.x * kChunkBytes; i < kTileBytes<S::kBits>; i += kThreads * kChunkBytes) cp_async(to + i, from + i);
   }
 }
-
-// Four codes, one in each byte, to int8: step * code - offset. With 128 added each byte stays within [1, 255], so that one multiplication
-// and one addition of whole words carry nothing over; the xor takes the 128 off.
-__device__ uint32_t scale_codes(uint32_t codes, uint32_t step, uint32_t raised) { return (codes * step + raised) ^ 0x80808080u; }
 
 // The weights of 8 rows and 32 columns, those from `row` of the panel's tile on.
 template <int kBits>
@@ -194,55 +186,17 @@ __device__ void stage_sums(const Place<S>& at, const Sums<S, T>& sums, T* staged
   }
 }
 
-__device__ float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::kNone: return x;
-    case Activation::kRelu: return x < 0.f ? 0.f : x;  // keeps NaN
-    case Activation::kGelu: return 0.5f * x * (1.f + erff(x * 0.70710678118654752f));
-    case Activation::kGeluTanh: return 0.5f * x * (1.f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case Activation::kTanh: return tanhf(x);
-  }
-  return x;
-}
-
-// The block's sums to the output. Of T = int32_t scales and zeros are still to come.
+// The block's sums to the output.
 template <class S, class T>
 __device__ void finish(const QuantLinear& op, const Place<S>& at, const T* staged) {
-  const QuantWeights& w = op.weights;
   for (int i = threadIdx.x; i < S::kM * S::kN / kChunk; i += kThreads) {
     const int m = i / (S::kN / kChunk), n = i % (S::kN / kChunk) * kChunk;
     const int64_t row = at.row + m, column = at.panel * kPanelRows + n;
-    if (row >= at.rows || column >= w.rows) continue;
-    const int left = w.rows - column < kChunk ? static_cast<int>(w.rows - column) : kChunk;
-    const float a_scale = op.a_scale[row];
-    const int32_t of_row = op.a_sums != nullptr ? op.a_sums[row * w.segments] : 0;
-    float bias[kChunk] = {}, y[kChunk];
-    if (op.bias != nullptr) load_values(op.bias, op.bias_dtype, column, 1, left, bias);
+    if (row >= at.rows || column >= op.weights.rows) continue;
+    T sums[kChunk];
 #pragma unroll
-    for (int k = 0; k < kChunk; ++k) {
-      T sum = staged[m * S::kSumStride + n + k];
-      float scaled;
-      if constexpr (S::kSegments) {
-        scaled = sum;
-      } else {
-        if (op.a_sums != nullptr) sum -= w.zeros[column + k] * of_row;
-        scaled = static_cast<float>(sum) * w.scales[column + k];
-      }
-      y[k] = activate(fmaf(scaled, a_scale, bias[k]), op.activation);
-    }
-    if (op.residual.data != nullptr) {
-      const RowsView& r = op.residual;
-      const int64_t offset = row / r.inner * r.stride_outer + row % r.inner * r.stride_inner + column * r.stride_column;
-      float residual[kChunk];
-      load_values(r.data, r.dtype, offset, r.stride_column, left, residual);
-#pragma unroll
-      for (int k = 0; k < kChunk; ++k) y[k] += residual[k];
-    }
-    with_type(op.x.dtype, [&](auto type) {
-      using Out = decltype(type);
-      Out* out = static_cast<Out*>(op.out) + row * w.rows + column;
-      store(out, left, on_grid(out, 0), 0, y);
-    });
+    for (int k = 0; k < kChunk; ++k) sums[k] = staged[m * S::kSumStride + n + k];
+    write_outputs(op, row, column, sums);
   }
 }
 

@@ -23,6 +23,12 @@ constexpr int kPanelRows = 64, kTileColumns = 64;
 constexpr int code_bytes(int bits) { return kPanelRows * kTileColumns * bits / 8; }
 constexpr int tile_bytes(int bits) { return code_bytes(bits) + (bits < 8 ? kPanelRows * kTileColumns / static_cast<int>(kCodeRun) : 0); }
 
+// The same for code that runs on the device.
+template <int kBits>
+constexpr int kCodeBytes = code_bytes(kBits);
+template <int kBits>
+constexpr int kTileBytes = tile_bytes(kBits);
+
 // What the host must know of prepared weights that lie in the device's memory.
 struct QuantLayout {
   int64_t rows, columns, segment;
@@ -44,5 +50,11 @@ int quant_linear(const QuantLinear& op, void* stream);
 // Up to kMostTogether at once: products of as many rows, with weights of one shape and one scheme.
 constexpr int kMostTogether = 3;
 int quant_linear(const QuantLinear* ops, int count, void* stream);
+
+// Products whose time is the weights' bytes (quant_few_rows.cu): weight-only ones, and few rows of codes. `sums` has quant_few_rows_bytes,
+// which may be 0; rows come without codes where they are not quantized.
+bool quant_few_rows_serves(const QuantLinear& op, bool quantized);
+int64_t quant_few_rows_bytes(const QuantLinear& op, bool quantized);
+int quant_few_rows(const QuantLinear& op, bool quantized, float* sums, void* stream);
 
 }  // namespace kd::cuda

@@ -46,7 +46,8 @@ class PackedWeight:
         self.device, self._prepare = blob.device, prepare
         self._blob = blob = blob.detach().contiguous()
         self._header = blob[:_ALIGN].clone()
-        self.prepared = torch.ops.kdkernels.quant_prepare(blob) if prepare and self._served() else None
+        served = prepare and _load.serves("quant_linear", self.device)
+        self.prepared = torch.ops.kdkernels.quant_prepare(blob) if served else None
         if self.prepared is not None and self.device.type == "cpu":
             self._blob = None
 
@@ -66,11 +67,6 @@ class PackedWeight:
         scheme = self.scheme
         group = GROUPS.index(scheme.group)
         return scheme.bits | group << 4 | int(scheme.symmetric) << 6 | (scheme.group_size or 1) << 8
-
-    def _served(self) -> bool:
-        """Whether kernels of ours multiply with it where it is; weight-only ones there are for the CPU alone."""
-        weight_only = self.scheme.activation_bits is None
-        return _load.serves("quant_linear", self.device) and (self.device.type == "cpu" or not weight_only)
 
     def to(self, device) -> "PackedWeight":
         """The same weight on another device."""

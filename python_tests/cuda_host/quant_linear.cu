@@ -1,4 +1,5 @@
 // quant_linear's CUDA sources, run on the CPU behind C functions that quant_linear.py calls through ctypes.
+#include "../../csrc/cuda/quant_few_rows.cu"
 #include "../../csrc/cuda/quant_linear.cu"
 #include "../../csrc/cuda/quant_prepare.cu"
 #include "../../csrc/cuda/quant_rows.cu"
@@ -43,5 +44,9 @@ int host_quant_linear(const QuantLinear* op, int tile) {
   if (tile == 0) return cuda::quant_linear(*op, nullptr);
   return tile == 64 ? cuda::run_tile<64, 64>(*op) : cuda::run_tile<128, 128>(*op);
 }
+
+bool host_few_rows_serves(const QuantLinear* op, bool quantized) { return cuda::quant_few_rows_serves(*op, quantized); }
+int64_t host_few_rows_bytes(const QuantLinear* op, bool quantized) { return cuda::quant_few_rows_bytes(*op, quantized); }
+int host_few_rows(const QuantLinear* op, bool quantized, float* sums) { return cuda::quant_few_rows(*op, quantized, sums, nullptr); }
 
 }  // extern "C"

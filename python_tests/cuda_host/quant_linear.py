@@ -59,8 +59,9 @@ class Host:
 
     def __init__(self, folder: Path, *others: str):
         self.library = build("quant_linear.cu", folder, *others)
-        for name in ("host_sizeof_quant_linear", "host_prepare", "host_bank_conflicts"):
+        for name in ("host_sizeof_quant_linear", "host_prepare", "host_bank_conflicts", "host_few_rows_bytes"):
             getattr(self.library, name).restype = ctypes.c_int64
+        self.library.host_few_rows_serves.restype = ctypes.c_bool
         assert self.library.host_sizeof_quant_linear() == ctypes.sizeof(QuantLinear)
 
     def prepare(self, packed) -> tuple[QuantLinear, torch.Tensor]:
@@ -88,9 +89,14 @@ class Host:
         check(self.library, self.library.host_quantize_rows(ctypes.byref(op)))
         return op, alive, codes, scales.finished(), sums
 
-    def linear(self, x, packed, bias=None, *, activation=None, residual=None, input_scale=0.0, tile=0):
-        """kdkernels.quant.linear."""
-        op, _alive, _codes, _scales, _sums = self.quantize_rows(x, packed, input_scale)
+    def linear(self, x, packed, bias=None, *, activation=None, residual=None, input_scale=0.0, tile=None):
+        """kdkernels.quant.linear. `tile`: a kernel for many rows, 0 as its launcher chooses, else with this side."""
+        quantized = packed.scheme.activation_bits is not None
+        if quantized:
+            op, _alive, _codes, _scales, _sums = self.quantize_rows(x, packed, input_scale)
+        else:
+            op, _alive, *_ = self.reader(x, packed)
+            op.a = op.a_scale = op.a_sums = None
         if bias is not None:
             op.bias, op.bias_dtype = _pointer(bias), DTYPE[bias.dtype]
         if residual is not None:
@@ -98,5 +104,11 @@ class Host:
         op.activation = ACTIVATION[activation]
         out = Guarded((len(x), packed.shape[0]), x.dtype)
         op.out = _pointer(out.tensor)
-        check(self.library, self.library.host_quant_linear(ctypes.byref(op), tile))
+        if tile is None and self.library.host_few_rows_serves(ctypes.byref(op), quantized):
+            of_splits = Guarded((self.library.host_few_rows_bytes(ctypes.byref(op), quantized) // 4,), torch.float32)
+            status = self.library.host_few_rows(ctypes.byref(op), quantized, _pointer(of_splits.tensor))
+            of_splits.finished()
+        else:
+            status = self.library.host_quant_linear(ctypes.byref(op), tile or 0)
+        check(self.library, status)
         return out.finished()
