@@ -52,6 +52,15 @@ def test_batches_have_their_lengths():
         assert mask.sum(1).tolist() == list(case.lengths) and torch.equal(ids != 0, mask.bool())
 
 
+def test_texts_are_shuffled(tmp_path):
+    """The same 32 lines of a sorted file at every call, long ones among them."""
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join("1 " + "a " * count for count in range(1, 101)))
+    lengths = encoder.lengths_of(path)
+    assert len(lengths) == 32 and max(lengths) > 40 and lengths == encoder.lengths_of(path)
+    assert set(lengths) < {count + 2 for count in range(1, 101)}  # [CLS] and [SEP]; no label
+
+
 def test_command(capsys):
     assert run.main(["encoder", "--list"]) == 0
     assert "32 texts   772 real tokens of 1632" in capsys.readouterr().out
