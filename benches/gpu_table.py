@@ -59,6 +59,7 @@ ROUTES = (
         TRITON,
         INTERPRETER,
     ),
+    Route("`gram_mse`, torch's products, a strip of rows at a time", ("gram_mse",), "torch's own", "torch"),
 )
 
 
