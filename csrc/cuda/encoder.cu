@@ -73,7 +73,8 @@ struct Workspace {
 
 class Run {
  public:
-  Run(const Encoder& op, void* workspace, void* stream) : op_(op), in_use_(op.attention.cu_seqlens + op.attention.sequences), at_(op, workspace), stream_(stream) {}
+  Run(const Encoder& op, void* workspace, void* stream)
+      : op_(op), in_use_(op.attention.cu_seqlens + op.attention.sequences), at_(op, workspace), stream_(stream) {}
 
   // Codes of x for the first block.
   int begin() const { return quantize_rows(bind(op_.blocks[0].qkv[0], op_.x, at_.hidden, nullptr), stream_); }
