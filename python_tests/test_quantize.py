@@ -14,8 +14,8 @@ import transformers
 
 import kdkernels
 from kdkernels.cli import main
-from kdkernels.quant import Scheme
-from kdkernels.quant.encoder import PaddingFree
+from kdkernels.quant import Scheme, architectures
+from kdkernels.quant.encoder import PaddingFree, fuses
 from kdkernels.quant.modules import QuantEmbedding, QuantLinear
 from kdkernels.quant.quantize import lay_out, plan
 from kdkernels.quant.scheme import as_scheme
@@ -59,12 +59,27 @@ def batch(config, lengths=LENGTHS, seed=0):
     return {"input_ids": torch.where(mask.bool(), ids, config.pad_token_id), "attention_mask": mask}
 
 
+def round_between(base) -> list:
+    """Hooks that round what travels within a block as the fused one does: queries, keys, values, context and inner."""
+    hooks, blocks = [], architectures.blocks(base)
+    if not fuses(torch.zeros(0), blocks, base.config):
+        return hooks
+    for module in {part for block in blocks for part in (block.query, block.key, block.value)}:
+        hooks.append(module.register_forward_hook(lambda _module, _given, out: out.bfloat16().float()))
+    for module in {part for block in blocks for part in (block.output, block.down)}:
+        hooks.append(module.register_forward_pre_hook(lambda _module, given: (given[0].bfloat16().float(),)))
+    return hooks
+
+
 def padded(model, inputs, **given):
     """The model's own forward, on padding and all, with the same quantised linears."""
-    bases = [module for module in model.modules() if isinstance(module, PaddingFree)]
-    for base in bases:
+    hooks = []
+    for base in [module for module in model.modules() if isinstance(module, PaddingFree)]:
         base.__class__ = type(base).__mro__[2]
+        hooks += round_between(base)
     result = model(**inputs, **given)
+    for hook in hooks:
+        hook.remove()
     kdkernels.quant.encoder.attach_all(model)
     return result
 

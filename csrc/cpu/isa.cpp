@@ -59,7 +59,7 @@ bool supports_avx512() {
 
 bool supports_amx() {
   const Features& f = features();
-  static const bool granted = supports_avx512() && f.amx_tile && f.amx_bf16 && f.amx_int8 && may_use_tiles();
+  static const bool granted = supports_avx512() && f.avx512bf16 && f.amx_tile && f.amx_bf16 && f.amx_int8 && may_use_tiles();
   return granted;
 }
 

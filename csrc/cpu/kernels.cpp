@@ -44,6 +44,7 @@ namespace {
 #include "varlen_attention_rows.inl"
 #if defined(__AMX_BF16__)
 #include "varlen_attention_products_amx.inl"
+#include "varlen_attention_bf16_amx.inl"
 #else
 #include "varlen_attention_products.inl"
 #endif

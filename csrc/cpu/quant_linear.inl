@@ -98,7 +98,7 @@ template <Activation kActivation, typename Sums>
 inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m, const Sums& sums, float scale, const float* bias) {
   const int64_t row = block.first + m, at = row * op.weights.rows + block.panel * kPanelRows;
   alignas(64) float result[kPanelRows], other[kPanelRows];
-  const bool direct = op.x.dtype == DType::kF32 && block.columns == kPanelRows;
+  const bool direct = op.out_dtype == DType::kF32 && block.columns == kPanelRows;
   float* out = direct ? static_cast<float*>(op.out) + at : result;
   const float* residual = nullptr;
   if (op.residual.data) {
@@ -118,7 +118,7 @@ inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m
     if (residual) y += load(residual + n);
     store(out + n, y);
   }
-  if (!direct) from_floats(result, block.columns, op.out, op.x.dtype, at);
+  if (!direct) from_floats(result, block.columns, op.out, op.out_dtype, at);
 }
 
 template <Activation kActivation, typename Sums>
@@ -127,18 +127,30 @@ inline void finish_rows(const QuantLinear& op, const QuantBlock& block, const Su
     finish_row<kActivation>(op, block, m, sums, scales ? scales[block.first + m] : 1.0f, bias);
 }
 
-// The same where nothing is in the way: kColumns of float32, with neither residual nor zeros. `column`: the first, of the output.
+inline void put(float* p, vf x) { store(p, x); }
+inline void put(uint16_t* p, vf x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+#else
+  store_bf16(p, x);
+#endif
+}
+
+// The same where nothing is in the way: kColumns of float32 or bf16, with neither residual nor zeros. `column`: the first, of the output.
 template <Activation kActivation, int64_t kColumns>
 inline void finish_plain_row(const QuantLinear& op, int64_t row, int64_t column, const int32_t* sums, const float* bias) {
-  float* out = static_cast<float*>(op.out) + row * op.weights.rows + column;
+  const int64_t at = row * op.weights.rows + column;
   const vf times = set1(op.a_scale[row]);
+  const auto finish = [&](auto* out) {
 #pragma GCC unroll 4
-  for (int64_t n = 0; n < kColumns; n += W) {
-    vi32 sum;
-    __builtin_memcpy(&sum, sums + n, sizeof(sum));
-    const vf scaled = __builtin_convertvector(sum, vf) * load(op.weights.scales + column + n);
-    store(out + n, activate<kActivation>(fma(scaled, times, load(bias + n)), op.curve));
-  }
+    for (int64_t n = 0; n < kColumns; n += W) {
+      vi32 sum;
+      __builtin_memcpy(&sum, sums + n, sizeof(sum));
+      const vf scaled = __builtin_convertvector(sum, vf) * load(op.weights.scales + column + n);
+      put(out + n, activate<kActivation>(fma(scaled, times, load(bias + n)), op.curve));
+    }
+  };
+  op.out_dtype == DType::kF32 ? finish(static_cast<float*>(op.out) + at) : finish(static_cast<uint16_t*>(op.out) + at);
 }
 
 template <Activation kActivation>
@@ -159,7 +171,7 @@ inline void finish(const QuantLinear& op, const QuantBlock& block, const Sums& s
 }
 
 inline bool plain(const QuantLinear& op, const QuantBlock& block) {
-  return op.x.dtype == DType::kF32 && block.columns == kPanelRows && !op.residual.data && !op.a_sums && op.weights.segments == 1;
+  return op.out_dtype != DType::kF16 && block.columns == kPanelRows && !op.residual.data && !op.a_sums && op.weights.segments == 1;
 }
 
 inline void finish_plain(const QuantLinear& op, const QuantBlock& block, const int32_t* sums, const float* bias) {
@@ -219,7 +231,7 @@ template <Activation kActivation>
 inline void tiled_block(const QuantLinear& op, const QuantBlock& block, bool next_is_own, PanelValues values, const float* bias,
                         int32_t* sums) {
   constexpr int64_t kHalf = kPanelRows / 2;
-  const int64_t depth = op.weights.depth;
+  const int64_t depth = op.weights.depth, bytes = op.out_dtype == DType::kF32 ? 4 : 2;
   struct Half {
     int64_t row, rows, n;
     const int32_t* sums;
@@ -241,9 +253,10 @@ inline void tiled_block(const QuantLinear& op, const QuantBlock& block, bool nex
       const auto beside = [&] {
         for (int64_t i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         for (due += share * kCodeColumns; due >= depth; due -= depth) {
-          const float* own = static_cast<const float*>(op.out) + (row + share - last.rows) * op.weights.rows + block.panel * kPanelRows + n;
+          const char* own = static_cast<const char*>(op.out) +
+                            ((row + share - last.rows) * op.weights.rows + block.panel * kPanelRows + n) * bytes;
           __builtin_prefetch(own, 1);
-          __builtin_prefetch(own + 16, 1);
+          __builtin_prefetch(own + 16 * bytes, 1);
           finish_row();
         }
       };
@@ -284,7 +297,7 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
 #if defined(__AMX_INT8__)
   if (tiled(w) && plain(op, block) && block.rows > 16) return tiled_block(op, block, next_is_own, values, bias, sums);
 #endif
-  const int64_t bytes = op.x.dtype == DType::kF32 ? 4 : 2, tiles = (block.rows + kVnniRows - 1) / kVnniRows;
+  const int64_t bytes = op.out_dtype == DType::kF32 ? 4 : 2, tiles = (block.rows + kVnniRows - 1) / kVnniRows;
   Ahead ahead{w.codes + (block.panel + 1) * w.depth * kPanelRows * w.bits / 8, next_is_own ? 8 * kPanelRows * w.bits / 8 / tiles : 0,
               op.a + block.first * w.depth, static_cast<char*>(op.out) + (block.first * w.rows + block.panel * kPanelRows) * bytes,
               w.rows * bytes};

@@ -3,13 +3,17 @@
 // Keys pass in blocks. What earlier blocks left, the sum of exponentials and of their products with v, is scaled down when a larger score
 // comes (the online softmax); at the end one division per row remains. Scores stay q k^T until the exponential multiplies them by
 // scale * log2(e) without rounding the product. The two products are varlen_attention_products.inl's or, on AMX,
-// varlen_attention_products_amx.inl's.
+// varlen_attention_products_amx.inl's; bf16 on AMX goes its own way, varlen_attention_bf16_amx.inl.
 //
 // A NaN or an infinite score makes its row NaN, as in torch. The running maximum starts at the lowest finite number, so that a first
 // block of -inf alone leaves zeros that later blocks may add to.
 
 int64_t varlen_attention_scratch(const VarlenAttention& op) {
   AttentionBuffers b;
+#if defined(__AMX_BF16__)
+  NarrowBuffers narrow;
+  if (takes_narrow(op)) return lay_out_narrow(op, nullptr, narrow);
+#endif
   return lay_out_attention(op, nullptr, b);
 }
 
@@ -36,33 +40,29 @@ inline void softmax_block(const AttentionBuffers& b, int64_t queries, int64_t ke
   }
 }
 
-void varlen_attention(const VarlenAttention& op, int64_t item, float* scratch) {
-  const int64_t blocks = (op.longest + kQueryBlock - 1) / kQueryBlock;
-  const int64_t head = item / blocks % op.heads, sequence = item / blocks / op.heads;
-  const int64_t begin = op.cu_seqlens[sequence], end = op.cu_seqlens[sequence + 1], first = begin + item % blocks * kQueryBlock;
-  if (first >= end) return;
+void varlen_attention(const VarlenAttention& op, int64_t number, float* scratch) {
+  const AttentionItem item(op, number);
+  if (item.queries <= 0) return;
+#if defined(__AMX_BF16__)
+  if (takes_narrow(op)) return varlen_attention_narrow(op, item, scratch);
+#endif
   AttentionBuffers b;
   lay_out_attention(op, scratch, b);
-  const int64_t queries = end - first < kQueryBlock ? end - first : kQueryBlock, rows = round_up(queries, kScoreRows);
-  pack_queries(op, b, first, queries, rows, head);
+  const int64_t queries = item.queries, rows = round_up(queries, kScoreRows);
+  pack_queries(op, b, item.first, queries, rows, item.head);
   for (int64_t m = 0; m < queries; ++m) {
     b.largest[m] = -__FLT_MAX__;
     b.total[m] = 0;
   }
   for (int64_t i = 0; i < rows * b.width; ++i) b.out[i] = 0;
-  for (int64_t key = begin; key < end; key += kKeyBlock) {
-    const int64_t keys = end - key < kKeyBlock ? end - key : kKeyBlock, columns = round_up(keys, kScoreColumns);
-    pack_keys(op, b, key, keys, columns, head);
+  for (int64_t key = item.begin; key < item.end; key += kKeyBlock) {
+    const int64_t keys = item.end - key < kKeyBlock ? item.end - key : kKeyBlock, columns = round_up(keys, kScoreColumns);
+    pack_keys(op, b, key, keys, columns, item.head);
     multiply_keys(b, rows, columns);
     softmax_block(b, queries, keys, columns, op.scale);
-    pack_values(op, b, key, keys, columns, head);
+    pack_values(op, b, key, keys, columns, item.head);
     multiply_values(b, rows, columns);
   }
-  if (leave_to_fmas(op, b, queries, item, scratch)) return;
-  for (int64_t m = 0; m < queries; ++m) {
-    float* row = b.out + m * b.width;
-    const vf over = set1(1.0f / b.total[m]);
-    for (int64_t k = 0; k < b.width; k += W) store(row + k, load(row + k) * over);
-    from_floats(row, op.size, op.out, op.out_dtype, ((first + m) * op.heads + head) * op.size);
-  }
+  if (leave_to_fmas(op, b, queries, number, scratch)) return;
+  finish_attention(op, item, b.out, b.width, b.total);
 }

@@ -184,6 +184,7 @@ class QuantLinearCall {
     op_.activation = static_cast<Activation>(activation);
     op_.curve = curve_;
     op_.out = out_.mutable_data();
+    op_.out_dtype = op_.x.dtype;
     scratch_.reset(aligned<float>(std::max(table_.quant_linear_scratch(op_), w.depth)));
     quantize();
   }

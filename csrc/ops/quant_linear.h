@@ -51,7 +51,8 @@ struct QuantLinear {
   Activation activation;
   const float* curve;  // of the activation: core/gelu_curve.h
   RowsView residual;   // data null: none
-  void* out;           // [rows, weights.rows], contiguous, dtype of x
+  void* out;           // [rows, weights.rows], contiguous
+  DType out_dtype;     // on CUDA that of x
 
   const int32_t* in_use;  // CUDA: how many of the rows there are, from the first on, in the device's memory; null: all
 

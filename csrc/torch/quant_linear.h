@@ -65,6 +65,7 @@ inline std::vector<int64_t> describe(QuantLinear& op, const Tensor& x, const std
                                      double input_scale) {
   const QuantWeights& w = op.weights;
   op.x = rows_view(x, "x");
+  op.out_dtype = op.x.dtype;
   STD_TORCH_CHECK(x.size(x.dim() - 1) == w.columns && w.rows == out_features, "x and out_features must be as the weight has them");
   op.rows = x.numel() / w.columns;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

@@ -200,15 +200,22 @@ def fuses(x: torch.Tensor, blocks: list[architectures.Block], config) -> bool:
     return True
 
 
-def run_block(x: torch.Tensor, cumulative: torch.Tensor, block: architectures.Block, config) -> torch.Tensor:
-    """One block on packed tokens [T, D] -> [T, D], call by call: the truth that the fused encoder is held against."""
-    q, k, v = (linear(x, part.weight, part.bias) for part in (block.query, block.key, block.value))
+def run_block(
+    x: torch.Tensor, cumulative: torch.Tensor, block: architectures.Block, config, between: torch.dtype | None = None
+) -> torch.Tensor:
+    """One block on packed tokens [T, D] -> [T, D], call by call: the truth that the fused encoder is held against.
+
+    `between`: what queries, keys, values, their context and the inner activations are rounded to, bfloat16 in the fused
+    encoder on the CPU; None: x's own.
+    """
+    between = between or x.dtype
+    q, k, v = (linear(x, part.weight, part.bias).to(between) for part in (block.query, block.key, block.value))
     heads = config.num_attention_heads
     size = q.shape[1] // heads
     ours = x.dtype != torch.float64 and serves("varlen_attention", x.device)
     ours = ours and (x.device.type == "cpu" or size <= CUDA_HEAD_SIZE)
     attention = torch.ops.kdkernels.varlen_attention if ours else reference.varlen_attention
     context = attention(q, k, v, cumulative, heads, size**-0.5)
-    a = block.attention_norm(linear(context, block.output.weight, block.output.bias, residual=x))
-    inner = linear(a, block.up.weight, block.up.bias, activation=architectures.activation(config))
-    return block.output_norm(linear(inner, block.down.weight, block.down.bias, residual=a))
+    a = block.attention_norm(linear(context.to(x.dtype), block.output.weight, block.output.bias, residual=x))
+    inner = linear(a, block.up.weight, block.up.bias, activation=architectures.activation(config)).to(between)
+    return block.output_norm(linear(inner.to(x.dtype), block.down.weight, block.down.bias, residual=a))

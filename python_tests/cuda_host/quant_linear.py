@@ -45,6 +45,7 @@ class QuantLinear(ctypes.Structure):
         ("curve", ctypes.c_void_p),
         ("residual", RowsView),
         ("out", ctypes.c_void_p),
+        ("out_dtype", ctypes.c_int32),
         ("in_use", ctypes.c_void_p),
         ("together", ctypes.c_int64),
     ]
