@@ -13,8 +13,8 @@
 
 int64_t gram_scratch(const GramMse& op) { return 2 * kGramBlock * kGramTileWidth + gram_operand_floats(op); }
 
-// E in the student's tile, over the student's scale: where both scales are the same the difference is rounded once. Returns its sum of squares;
-// a tile on the diagonal is filled in below it.
+// E in the student's tile, over the student's scale: where both scales are the same the difference is rounded once. Returns its sum of
+// squares; a tile on the diagonal is filled in below it.
 inline double gram_differences(const GramPair& g, float ratio, float* tile, const float* tile_t) {
   double squares = 0;
   for (int64_t i = 0; i < g.rows; ++i) {

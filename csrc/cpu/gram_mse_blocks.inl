@@ -30,8 +30,8 @@ inline bool gram_pair(const GramMse& op, int64_t item, int64_t block, GramPair& 
 // The deepest that a line gets.
 inline int64_t gram_depth(const GramMse& op, const GramFactor& x) { return op.over_token ? x.features : op.tokens; }
 
-// Adds factor * product, [count, depth], to steps [k, k + depth) of lines [first, first + count) of a factor's gradient. Over the hidden axis
-// by way of `turned`, [depth, kGramTileWidth], both rounded up to whole vectors.
+// Adds factor * product, [count, depth], to steps [k, k + depth) of lines [first, first + count) of a factor's gradient. Over the hidden
+// axis by way of `turned`, [depth, turned_width], both rounded up to whole vectors.
 inline void add_gradient(const GramPair& g, int64_t first, int64_t count, int64_t k, int64_t depth, const float* product, int64_t width,
                          float factor, int64_t features, float* turned, int64_t turned_width, float* grad) {
   const auto add = [&](const float* in, int64_t n, float* out) {

@@ -1,7 +1,7 @@
 // gram_mse's products with FMAs on packed panels (gemm.inl).
 //
-// A block of lines is packed by rows, padded with 0 to whole tiles, as A and as the B of gradients, and in panels of kPanel lines as columns,
-// [depth, kPanel], as the B of E.
+// A block of lines is packed by rows, padded with 0 to whole tiles, as A and as the B of gradients, and in panels of kPanel lines as
+// columns, [depth, kPanel], as the B of E.
 
 // Lines of a block, whole tiles and panels on every ISA: its operands fit into an L2 cache of 2 MiB up to 768 features, and packing them is
 // small beside their product.

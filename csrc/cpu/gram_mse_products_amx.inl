@@ -112,8 +112,8 @@ inline bool gram_products(const GramPair& g, float* memory, float* tile, float* 
 }
 
 // factor * A X to the gradient of lines [first, first + count): A, packed, has `inner` columns, which are lines of X from `other` on.
-inline void gram_gradient(const GramPair& g, const Tiles& a, int64_t first, int64_t count, const GramFactor& x, int64_t other, int64_t inner,
-                          float factor, int64_t features, const GramOperands& memory, float* grad) {
+inline void gram_gradient(const GramPair& g, const Tiles& a, int64_t first, int64_t count, const GramFactor& x, int64_t other,
+                          int64_t inner, float factor, int64_t features, const GramOperands& memory, float* grad) {
   const int64_t depth = g.depth(x), parts = gram_parts(g.op.s0, g.op.s1), stride = kGramDepth + 16;
   const int64_t rows = round_up(count, kTileBlock), steps = round_up(inner, kTileBlock);
   const Tiles b = tiles(memory.b, inner, parts);
