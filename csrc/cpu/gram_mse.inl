@@ -4,7 +4,8 @@
 // A tile (I, J) of E is made, added to the loss, multiplied into rows I of dX_0 and rows J of dX_1, and forgotten. In round r block I
 // meets block J = r - I (modulo the number of blocks), so that no two items of a round write the same rows, each pair meets once, and
 // rows add up in the order of the rounds: nothing depends on the number of threads. A symmetric E needs the pairs with I <= J alone:
-// its tile serves both blocks' gradients, and of a tile on the diagonal the upper triangle is enough.
+// its tile serves both blocks' gradients, and of a tile on the diagonal the upper triangle is enough. The products are those of
+// gram_mse_products.inl or, on AMX, gram_mse_products_amx.inl: numbers that those don't take make the loss NaN.
 //
 // Floor for n rows of depth d_s and d_t: 2 n^2 (d_s + d_t) operations for E and 4 n^2 d_s for the gradients; half of each first two,
 // n^2 (d_s + d_t), and 2 n^2 d_s where symmetric. The Gram matrices of the other side would take 2 n (d_s + d_t)^2 in double precision
