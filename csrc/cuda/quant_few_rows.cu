@@ -6,7 +6,8 @@
 // bits a lane has 8 columns of each of 4 runs, since runs may have scales of their own.)
 //
 // Weight-only: weights are integers that bf16 and fp16 hold exactly, and products add up in fp32, so only the activations' own type rounds.
-// Where x is float32, or multiplied by scales of columns, it is the sum of three bf16, exactly, and there are three products.
+// Where x is float32, or multiplied by scales of columns, it is the sum of three bf16, exactly, and there are three products. This way
+// serves zeros, scales that change along the columns, and x in any strides too.
 //
 // Warps' sums are added in a tree, splits' in order by a second kernel: the same bits on every run.
 //
@@ -146,36 +147,34 @@ __device__ void subtract_zeros(const QuantWeights& w, int64_t feature, int64_t c
   }
 }
 
-// What a lane reads x by, or its codes: two rows of each 16. What does not exist, of rows or of columns, reads as 0.
+// What a lane reads x by, or its codes: two rows of each 16. Rows behind the last read the last once more: their sums go nowhere.
 template <class S>
 struct XRows {
-  const char* of[S::kRowTiles][2];  // null: there is none
-  int64_t stride, columns;
-  bool vector;  // 4 columns are one read
+  const char* of[S::kRowTiles][2];
+  int64_t stride, columns;  // behind which x is 0
 
   __device__ XRows(const QuantLinear& op, int64_t first, int64_t rows)
-      : stride(S::kInteger ? 1 : op.x.stride_column), columns(S::kInteger ? op.weights.depth : op.weights.columns), vector(stride == 1) {
-    const int size = S::kInteger ? 1 : op.x.dtype == DType::kF32 ? 4 : 2;
+      : stride(S::kParts == 1 ? 1 : op.x.stride_column), columns(S::kInteger ? op.weights.depth : op.weights.columns) {
+    const int size = op.x.dtype == DType::kF32 ? 4 : 2;
 #pragma unroll
     for (int i = 0; i < S::kRowTiles * 2; ++i) {
-      const int64_t row = first + i * 8 + threadIdx.x % 32 / 4;
+      const int64_t own = first + i * 8 + threadIdx.x % 32 / 4, row = own < rows ? own : rows - 1;
       const int64_t offset = row / op.x.inner * op.x.stride_outer + row % op.x.inner * op.x.stride_inner;
-      const char* data = S::kInteger ? reinterpret_cast<const char*>(op.a) + row * columns
+      of[i / 2][i % 2] = S::kInteger ? reinterpret_cast<const char*>(op.a) + row * columns
                                      : static_cast<const char*>(op.x.data) + offset * size;
-      vector = vector && (row >= rows || reinterpret_cast<uintptr_t>(data) % (4 * size) == 0);
-      of[i / 2][i % 2] = row < rows ? data : nullptr;
     }
   }
 
+  // Four columns at once, of which all or none exist, without a branch, so that reads of many columns are under way together; where x is
+  // in parts, one by one.
   template <class X>
   __device__ void load(int i, int half, int64_t column, X (&x)[4]) const {
     struct alignas(4 * sizeof(X)) Four {
       X at[4];
     } four = {};
     const X* from = reinterpret_cast<const X*>(of[i][half]) + column * stride;
-    if (of[i][half] == nullptr) {
-    } else if (vector && column + 4 <= columns) {
-      four = *reinterpret_cast<const Four*>(from);
+    if constexpr (S::kParts == 1) {
+      if (column < columns) four = *reinterpret_cast<const Four*>(from);
     } else {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -352,7 +351,9 @@ __device__ void finish(const QuantLinear& op, const Split& split, int64_t index,
     if (split.sums == nullptr) {
       write_outputs(op, row, column, sums);
     } else {
-      memcpy(split.sums + (index * op.rows + row) * op.weights.panels * kPanelRows + column, sums, sizeof sums);
+      auto to = reinterpret_cast<Words<4>*>(split.sums + (index * op.rows + row) * op.weights.panels * kPanelRows + column);
+      memcpy(to, sums, 16);
+      memcpy(to + 1, sums + 4, 16);
     }
   }
 }
@@ -383,14 +384,16 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) multiply(QuantLinear op,
 
 // Adds up the splits' sums, of V = int32_t or float, and writes the outputs.
 template <class V>
-__global__ void __launch_bounds__(kAddThreads) add_splits(QuantLinear op, Split split) {
+__global__ void __launch_bounds__(kAddThreads, 8) add_splits(QuantLinear op, Split split) {
   const int64_t features = op.weights.panels * kPanelRows, chunks = (op.weights.rows + kChunk - 1) / kChunk;
   const int64_t at = int64_t(blockIdx.x) * kAddThreads + threadIdx.x, row = at / chunks, column = at % chunks * kChunk;
   if (row >= rows_in_use(op.rows, op.in_use)) return;
   V sums[kChunk] = {};
   for (int64_t index = 0; index < split.splits; ++index) {
+    const auto from = reinterpret_cast<const Words<4>*>(split.sums + (index * op.rows + row) * features + column);
+    const Words<4> parts[] = {from[0], from[1]};
     V more[kChunk];
-    memcpy(more, split.sums + (index * op.rows + row) * features + column, sizeof more);
+    memcpy(more, parts, sizeof more);
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) sums[k] += more[k];
   }
@@ -407,12 +410,16 @@ int run(const QuantLinear& op, const Split& split, void* stream) {
   return launch(add_splits<typename S::Sum>, add_blocks, kAddThreads, stream, op, split);
 }
 
-bool exact_in_16_bits(const QuantLinear& op) {
-  return op.x.dtype != DType::kF32 && op.weights.zeros == nullptr && op.weights.column_scales == nullptr && op.weights.segments == 1;
+// Whether x is multiplied as it is, four columns a read.
+bool in_one_part(const QuantLinear& op) {
+  const QuantWeights& w = op.weights;
+  const bool exact = op.x.dtype != DType::kF32 && w.zeros == nullptr && w.column_scales == nullptr && w.segments == 1;
+  const bool grid = reinterpret_cast<uintptr_t>(op.x.data) % 8 == 0 && op.x.stride_outer % 4 == 0 && op.x.stride_inner % 4 == 0;
+  return exact && grid && op.x.stride_column == 1 && w.columns % 4 == 0;
 }
 
 // Row tiles of a block: more of them share an unpacked weight.
-int row_tiles(const QuantLinear& op, bool quantized) { return quantized || op.rows <= 16 || !exact_in_16_bits(op) ? 1 : kManyTiles; }
+int row_tiles(const QuantLinear& op, bool quantized) { return quantized || op.rows <= 16 || !in_one_part(op) ? 1 : kManyTiles; }
 
 Split split_of(const QuantLinear& op, bool quantized, float* sums) {
   const int64_t row_blocks = (op.rows + row_tiles(op, quantized) * 16 - 1) / (row_tiles(op, quantized) * 16);
@@ -426,7 +433,7 @@ Split split_of(const QuantLinear& op, bool quantized, float* sums) {
 template <int kBits>
 int run_bits(const QuantLinear& op, bool quantized, const Split& split, void* stream) {
   if (quantized) return run<Shape<kBits, int8_t, 1, 1>>(op, split, stream);
-  if (!exact_in_16_bits(op)) {
+  if (!in_one_part(op)) {
     return run<Shape<kBits, __nv_bfloat16, 3, 1, kBits == 8>>(op, split, stream);
   }
   if (op.x.dtype == DType::kF16) {
