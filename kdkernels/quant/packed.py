@@ -89,7 +89,7 @@ class PackedWeight:
         flat = ids.flatten()
         stored = self._stored
         chosen = {name: None if part is None else part.view(self.shape[0], -1)[flat] for name, part in stored.items()}
-        if self.scheme.bits == 8 and self.scheme.symmetric and self.scheme.group == "channel":  # bytes up to the last step
+        if self.scheme.bits == 8 and self.scheme.symmetric and self.scheme.group == "channel":
             codes = chosen["codes"].bitwise_xor_(128).view(torch.int8)[:, : self.shape[1]]
             return codes.to(torch.float32).mul_(chosen["scales"]).view(*ids.shape, self.shape[1])
         values, scales = _factors(_parts(chosen, self.scheme, self.shape[1]), self.scheme, flat.numel(), self.shape[1])
