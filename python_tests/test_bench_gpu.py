@@ -26,8 +26,9 @@ def test_every_case_has_a_name_of_its_own():
     assert len({case.id for case in cases()}) == len(cases())
 
 
-def test_dry_run_of_everything(tmp_path, capsys):
-    """gpu_check's parts by name, and every row of gpu_rows in a process of its own."""
+def test_dry_run_of_everything(tmp_path, monkeypatch, capsys):
+    """gpu_check's parts by name, and every row of gpu_rows in processes of their own, on one thread too."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert all(part["status"] == "passed" for part in report["parts"])
