@@ -6,6 +6,7 @@
 // bits a lane has 8 columns of each of 4 runs, since runs may have scales of their own.)
 //
 // Weight-only: weights are integers that bf16 and fp16 hold exactly, and products add up in fp32, so only the activations' own type rounds.
+// Scales come behind the sums, so activations beyond 2^120 would overflow before them.
 // Where x is float32, or multiplied by scales of columns, it is the sum of three bf16, exactly, and there are three products. This way
 // serves zeros, scales that change along the columns, and x in any strides too.
 //
