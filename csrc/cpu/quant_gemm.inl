@@ -8,6 +8,7 @@
 // AVX2: vpmaddubsw adds two products in int16, where 8-bit values would saturate: those are widened to int16 for vpmaddwd. Codes of 4 bits
 // and less fit: 32 columns are eight such sums of at most 2 * 255 * 15, together below 2^16, so they add up in int16 from -2^15 on (below
 // 4 bits from 0); then vpmaddwd by the step widens and scales them at once. The offset takes one vpmaddwd with the sum of the activations.
+// So these need codes alone, which are unpacked on the way.
 
 // What comes next, asked for beside the products, a little with every 32 columns: AVX-512 alone is fast enough to wait for memory.
 struct Ahead {
@@ -89,7 +90,7 @@ inline void vnni_tiles(int64_t rows, int64_t columns, const uint8_t* a, int64_t 
 
 #elif defined(__AVX512F__)
 
-constexpr bool kTakesCodes = false;
+constexpr bool kTakesPacked = false;
 constexpr int64_t kTileRows = kVnniRows;
 
 inline int64_t tile_rows(const QuantWeights&, int64_t left) { return equal_parts(left, kVnniRows); }
@@ -145,12 +146,23 @@ inline void widened_rows(int64_t columns, const uint8_t* a, int64_t lda, PanelVa
 // A byte for each of 8 output features, in both halves of their 32 bits.
 inline vi spread_bytes(vi bytes) { return _mm256_or_si256(bytes, _mm256_slli_epi32(bytes, 16)); }
 
-// Below 8 bits: a group of output features in two vectors. `sums_of_a`: of each row's 32 columns.
+// The codes of 4 columns, number j of 8 in a run, of half a group: as read_codes has them.
+template <int kBits>
+inline vi half_codes(const uint8_t* packed, int j, int half) {
+  const auto word = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(packed + i * 64 + half * 32)); };
+  if (kBits == 4) return _mm256_and_si256(_mm256_srli_epi16(word(j % 4), j / 4 * 4), _mm256_set1_epi8(0x0f));
+  const vi low = _mm256_and_si256(_mm256_srli_epi16(word(j % 2), j / 2 * 2), _mm256_set1_epi8(0x03));
+  if (kBits == 2) return low;
+  const vi upper = j < 2 ? _mm256_slli_epi16(word(2), 2 - j) : _mm256_srli_epi16(word(2), j - 2);
+  return _mm256_or_si256(low, _mm256_and_si256(upper, _mm256_set1_epi8(0x04)));
+}
+
+// Below 8 bits: a group of output features in two vectors, unpacked on the way. `sums_of_a`: of each row's 32 columns.
 template <int kMr, int kBits>
-inline void narrow_tile(int64_t columns, const uint8_t* a, int64_t lda, const int32_t* sums_of_a, const int8_t* codes, const uint8_t* steps,
-                        int32_t* sums) {
+inline void narrow_tile(int64_t columns, const uint8_t* a, int64_t lda, const int32_t* sums_of_a, const uint8_t* packed,
+                        const uint8_t* steps, int32_t* sums) {
   const vi start = _mm256_set1_epi16(kBits == 4 ? -32768 : 0);
-  for (int64_t run = 0; run * kCodeRun < columns; ++run, steps += kGroupRows) {
+  for (int64_t run = 0; run * kCodeRun < columns; ++run, packed += kBits * 64, steps += kGroupRows) {
     vi step[2], offset[2], lift[2], sum[kMr][2];
     for (int n = 0; n < 2; ++n) {
       const vi both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(steps + n * 8)));
@@ -162,13 +174,13 @@ inline void narrow_tile(int64_t columns, const uint8_t* a, int64_t lda, const in
     }
 #pragma GCC unroll 4
     for (int m = 0; m < kMr; ++m) sum[m][0] = sum[m][1] = start;
-    for (int64_t k = run * kCodeRun, end = k + kCodeRun; k < end; k += 4, codes += 4 * kGroupRows) {
-      const vi b0 = _mm256_loadu_si256(reinterpret_cast<const vi*>(codes));
-      const vi b1 = _mm256_loadu_si256(reinterpret_cast<const vi*>(codes + 32));
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const vi b0 = half_codes<kBits>(packed, j, 0), b1 = half_codes<kBits>(packed, j, 1);
 #pragma GCC unroll 4
       for (int m = 0; m < kMr; ++m) {
         int32_t four;
-        __builtin_memcpy(&four, a + m * lda + k, 4);
+        __builtin_memcpy(&four, a + m * lda + run * kCodeRun + j * 4, 4);
         const vi row = _mm256_set1_epi32(four);
         add16(sum[m][0], _mm256_maddubs_epi16(row, b0));
         add16(sum[m][1], _mm256_maddubs_epi16(row, b1));
@@ -187,8 +199,8 @@ inline void narrow_tile(int64_t columns, const uint8_t* a, int64_t lda, const in
 }
 
 template <int kMr, int kBits>
-inline void narrow_rows(int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, const uint8_t* steps, int64_t steps_group,
-                        int32_t* sums) {
+inline void narrow_rows(const QuantWeights& w, int64_t panel, int64_t first, int64_t columns, const uint8_t* a, int32_t* sums) {
+  const int64_t lda = w.depth;
   int32_t sums_of_a[kMr * (kQuantChunk / kCodeRun)];
   for (int m = 0; m < kMr; ++m)
     for (int64_t k = 0; k < columns; k += kCodeRun) {
@@ -197,18 +209,20 @@ inline void narrow_rows(int64_t columns, const uint8_t* a, int64_t lda, PanelVal
           static_cast<int32_t>(_mm256_extract_epi64(four, 0) + _mm256_extract_epi64(four, 1) + _mm256_extract_epi64(four, 2) +
                                _mm256_extract_epi64(four, 3));
     }
-  for (int g = 0; g < kPanelGroups; ++g)
-    narrow_tile<kMr, kBits>(columns, a, lda, sums_of_a, b.values + g * b.group, steps + g * steps_group, sums + g * kGroupRows);
+  for (int g = 0; g < kPanelGroups; ++g) {
+    const int64_t run = code_run(w, panel, g, first);
+    narrow_tile<kMr, kBits>(columns, a, lda, sums_of_a, w.codes + run * kBits * 64, w.steps + run * kGroupRows, sums + g * kGroupRows);
+  }
 }
 
 template <int kBits>
-inline void narrow_gemm(int64_t rows, int64_t columns, const uint8_t* a, int64_t lda, PanelValues b, const uint8_t* steps,
-                        int64_t steps_group, int32_t* sums) {
+inline void narrow_gemm(const QuantWeights& w, int64_t panel, int64_t first, int64_t rows, int64_t columns, const uint8_t* a,
+                        int32_t* sums) {
   switch (rows) {
-    case 1: return narrow_rows<1, kBits>(columns, a, lda, b, steps, steps_group, sums);
-    case 2: return narrow_rows<2, kBits>(columns, a, lda, b, steps, steps_group, sums);
-    case 3: return narrow_rows<3, kBits>(columns, a, lda, b, steps, steps_group, sums);
-    default: return narrow_rows<4, kBits>(columns, a, lda, b, steps, steps_group, sums);
+    case 1: return narrow_rows<1, kBits>(w, panel, first, columns, a, sums);
+    case 2: return narrow_rows<2, kBits>(w, panel, first, columns, a, sums);
+    case 3: return narrow_rows<3, kBits>(w, panel, first, columns, a, sums);
+    default: return narrow_rows<4, kBits>(w, panel, first, columns, a, sums);
   }
 }
 
@@ -223,7 +237,7 @@ inline void widened_gemm(int64_t rows, int64_t columns, const uint8_t* a, int64_
   }
 }
 
-constexpr bool kTakesCodes = true;
+constexpr bool kTakesPacked = true;
 constexpr int64_t kTileRows = 6;
 
 inline int64_t tile_rows(const QuantWeights& w, int64_t left) { return equal_parts(left, w.bits == 8 ? 6 : 4); }
@@ -231,20 +245,18 @@ inline int64_t tile_rows(const QuantWeights& w, int64_t left) { return equal_par
 inline void integer_tiles(const QuantWeights& w, int64_t panel, int64_t first, int64_t rows, int64_t columns, const uint8_t* a,
                           PanelValues b, Ahead, const int32_t* starts, int64_t start_row, int32_t* sums) {
   start_sums(rows, starts, start_row, sums);
-  const int64_t steps_group = w.depth / kCodeRun * kGroupRows;
-  const uint8_t* steps = w.steps + panel * kPanelGroups * steps_group + first / kCodeRun * kGroupRows;
-  for (int64_t k = 0; k < columns; k += kQuantChunk, b.values += kQuantChunk * kGroupRows, steps += kQuantChunk / kCodeRun * kGroupRows) {
+  for (int64_t k = 0; k < columns; k += kQuantChunk) {
     const int64_t part = columns - k < kQuantChunk ? columns - k : kQuantChunk;
-    if (w.bits == 8) widened_gemm(rows, part, a + k, w.depth, b, sums);
-    if (w.bits == 4) narrow_gemm<4>(rows, part, a + k, w.depth, b, steps, steps_group, sums);
-    if (w.bits == 3) narrow_gemm<3>(rows, part, a + k, w.depth, b, steps, steps_group, sums);
-    if (w.bits == 2) narrow_gemm<2>(rows, part, a + k, w.depth, b, steps, steps_group, sums);
+    if (w.bits == 8) widened_gemm(rows, part, a + k, w.depth, {b.values + k * kGroupRows, b.group}, sums);
+    if (w.bits == 4) narrow_gemm<4>(w, panel, first + k, rows, part, a + k, sums);
+    if (w.bits == 3) narrow_gemm<3>(w, panel, first + k, rows, part, a + k, sums);
+    if (w.bits == 2) narrow_gemm<2>(w, panel, first + k, rows, part, a + k, sums);
   }
 }
 
 #else
 
-constexpr bool kTakesCodes = false;
+constexpr bool kTakesPacked = false;
 constexpr int64_t kTileRows = 4;
 
 inline int64_t tile_rows(const QuantWeights&, int64_t left) { return equal_parts(left, kTileRows); }
@@ -262,6 +274,11 @@ inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows,
 
 #endif
 
+// What integer_tiles multiplies with: values, or where it unpacks by itself (kTakesPacked) nothing that it reads.
+inline PanelValues product_values(const QuantWeights& w, int64_t panel, int64_t first, int64_t columns, int8_t* scratch) {
+  return kTakesPacked && w.bits < 8 ? PanelValues{scratch, 0} : panel_values(w, panel, first, columns, scratch);
+}
+
 #if !defined(__AMX_INT8__)
 
 constexpr int64_t kFewRows = 24;
@@ -273,7 +290,7 @@ inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_
   const Ahead nothing{w.codes, 0, op.a, static_cast<char*>(op.out), 0};
   for (int64_t k = 0; k < w.depth; k += kQuantChunk) {
     const int64_t columns = w.depth - k < kQuantChunk ? w.depth - k : kQuantChunk;
-    const PanelValues part = panel_values<kTakesCodes>(w, panel, k, columns, values);
+    const PanelValues part = product_values(w, panel, k, columns, values);
     for (int64_t m = 0, next; m < rows; m = next) {
       next = m + tile_rows(w, rows - m);
       int32_t* sum = sums + m * kPanelRows;

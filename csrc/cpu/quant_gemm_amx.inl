@@ -5,7 +5,7 @@
 // takes as long as half of them. Up to 16 rows have four tiles of sums side by side, so that weights are read once and in order. Sums start
 // from a tile whose rows are all the same line: a stride of 0.
 
-constexpr bool kTakesCodes = false;
+constexpr bool kTakesPacked = false;
 constexpr int64_t kTileRows = 32;
 
 inline int64_t tile_rows(const QuantWeights& w, int64_t left) {
@@ -83,7 +83,7 @@ constexpr int64_t kFewRows = 16;
 inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t, int8_t* values, int32_t* sums) {
   const QuantWeights& w = op.weights;
   const auto part = [&](int64_t k) {
-    return panel_values<false>(w, panel, k, kCodeColumns, values + k / kCodeColumns % 2 * kCodeColumns * kPanelRows);
+    return panel_values(w, panel, k, kCodeColumns, values + k / kCodeColumns % 2 * kCodeColumns * kPanelRows);
   };
   const TileScope scope;
   sixteen_rows(w.depth, op.a + first * w.depth, part, w.starts + panel * kPanelRows, sums);

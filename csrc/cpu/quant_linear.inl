@@ -292,7 +292,7 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
     few_rows(op, block.panel, block.first, block.rows, unpacked, sums);
     return finish_sums(op, block, sums, bias);
   }
-  const PanelValues values = panel_values<kTakesCodes>(w, block.panel, 0, w.depth, unpacked);
+  const PanelValues values = product_values(w, block.panel, 0, w.depth, unpacked);
   const bool next_is_own = op.together > 1 && (item + 1) % op.together != 0;
 #if defined(__AMX_INT8__)
   if (tiled(w) && plain(op, block) && block.rows > 16) return tiled_block(op, block, next_is_own, values, bias, sums);
@@ -317,7 +317,7 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
 constexpr int64_t kFloatChunk = 128;
 
 inline void panel_floats(const QuantWeights& w, int64_t panel, int64_t segment, int64_t first, int64_t columns, int8_t* bytes, float* out) {
-  const PanelValues values = panel_values<false>(w, panel, first, columns, bytes);
+  const PanelValues values = panel_values(w, panel, first, columns, bytes);
   const int64_t at = (segment * w.panels + panel) * kPanelRows;
   for (int64_t k = 0; k < columns; ++k) {
     const int32_t column_zero = w.zeros ? w.column_zeros[first + k] : 0;

@@ -36,19 +36,19 @@ inline void read_codes(const uint8_t* packed, int j, words32& codes) {
   if (kBits == 3) codes |= (j < 2 ? words[2] << ((2 - j) & 3) : words[2] >> ((j - 2) & 7)) & 0x0404;
 }
 
-// `columns`, a multiple of 32, of a group: [k / 4][16 rows][4 columns] of values, or of codes.
-template <int kBits, bool kCodes>
+// `columns`, a multiple of 32, of a group: [k / 4][16 rows][4 columns] of values.
+template <int kBits>
 inline void unpack(const uint8_t* codes, const uint8_t* steps, int64_t columns, int8_t* values) {
   for (int64_t k = 0; k < columns; k += kCodeRun, codes += kBits * 64, steps += kGroupRows, values += kCodeRun * kGroupRows) {
     Steps s;
-    if (!kCodes) read_steps<kBits>(steps, s);
-    const bytes64 offset = kCodes ? bytes64{} : reinterpret_cast<bytes64>(s.offset | s.offset << 8);
+    read_steps<kBits>(steps, s);
+    const bytes64 offset = reinterpret_cast<bytes64>(s.offset | s.offset << 8);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
       words32 code;
       read_codes<kBits>(codes, j, code);
       // Step times code is at most 225: no carry into the other byte.
-      const bytes64 value = kCodes ? reinterpret_cast<bytes64>(code) : reinterpret_cast<bytes64>(code * s.step) - offset;
+      const bytes64 value = reinterpret_cast<bytes64>(code * s.step) - offset;
       __builtin_memcpy(values + j * 64, &value, 64);
     }
   }
@@ -60,20 +60,22 @@ struct PanelValues {
   int64_t group;
 };
 
-// A part of a panel, `columns` from column `first` on: its values, or its codes if kCodes and they have less than 8 bits. 8 bits need no
-// unpacking.
-template <bool kCodes>
+inline int64_t code_run(const QuantWeights& w, int64_t panel, int64_t group, int64_t first) {
+  return ((panel * kPanelGroups + group) * w.depth + first) / kCodeRun;
+}
+
+// The values of a part of a panel, `columns` from column `first` on. 8 bits need no unpacking.
 inline PanelValues panel_values(const QuantWeights& w, int64_t panel, int64_t first, int64_t columns, int8_t* scratch) {
   if (w.bits == 8)
     return {reinterpret_cast<const int8_t*>(w.codes) + panel * w.depth * kPanelRows + first * kGroupRows, w.depth * kGroupRows};
   for (int64_t g = 0; g < kPanelGroups; ++g) {
-    const int64_t run = ((panel * kPanelGroups + g) * w.depth + first) / kCodeRun;
+    const int64_t run = code_run(w, panel, g, first);
     const uint8_t* codes = w.codes + run * w.bits * 64;
     const uint8_t* steps = w.steps + run * kGroupRows;
     int8_t* to = scratch + g * columns * kGroupRows;
-    if (w.bits == 4) unpack<4, kCodes>(codes, steps, columns, to);
-    if (w.bits == 3) unpack<3, kCodes>(codes, steps, columns, to);
-    if (w.bits == 2) unpack<2, kCodes>(codes, steps, columns, to);
+    if (w.bits == 4) unpack<4>(codes, steps, columns, to);
+    if (w.bits == 3) unpack<3>(codes, steps, columns, to);
+    if (w.bits == 2) unpack<2>(codes, steps, columns, to);
   }
   return {scratch, columns * kGroupRows};
 }
