@@ -22,8 +22,15 @@ SCHEMES = [
     Scheme(4, "block", 32, False),
     Scheme(2),
 ]
-# Lengths, features, heads, inner features: one token; no text; widths that are no multiple of anything; several chunks.
-SHAPES = [((1,), 64, 4, 128), ((5, 0, 17), 36, 3, 50), ((130, 600, 250), 32, 2, 70), ((0,), 32, 2, 64)]
+# Lengths, features, heads, inner features: one token; no text; widths that are no multiple of anything; several chunks;
+# a group for each of two threads.
+SHAPES = [
+    ((1,), 64, 4, 128),
+    ((5, 0, 17), 36, 3, 50),
+    ((130, 600, 250), 32, 2, 70),
+    ((0,), 32, 2, 64),
+    ((200, 190, 30), 36, 3, 50),
+]
 
 
 def block(features, inner, scheme, seed=0) -> Block:
