@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import re
-import shutil
 import threading
 
 import pytest
@@ -13,7 +10,6 @@ import torch
 import transformers
 
 import kdkernels
-from kdkernels.cli import main
 from kdkernels.quant import Scheme, architectures
 from kdkernels.quant.encoder import PaddingFree, fuses
 from kdkernels.quant.modules import QuantEmbedding, QuantLinear
@@ -540,67 +536,3 @@ class TestEcosystem:
         model.save(str(tmp_path / "saved"))
         loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
         assert torch.equal(torch.tensor(loaded.encode(texts)), after)
-
-
-class TestCommand:
-    @pytest.fixture
-    def teacher(self, tmp_path):
-        return str(tiny_bert.save_teacher(tmp_path / "teacher"))
-
-    @pytest.fixture
-    def texts(self, tmp_path):
-        (tmp_path / "texts.txt").write_text("\n".join(tiny_bert.texts(40)))
-        return str(tmp_path / "texts.txt")
-
-    def test_it_reports_and_writes(self, teacher, texts, tmp_path, capsys):
-        assert main(["quantize", teacher, str(tmp_path / "out"), "--bits", "4", "--text", texts]) == 0
-        printed = capsys.readouterr().out
-        assert "cosine, mean" in printed and "classes changed" in printed and "on 40 texts" in printed
-        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-        assert loaded.bert.encoder.layer[0].output.dense.scheme.bits == 4
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "teacher", "texts.txt"]
-
-    @pytest.mark.parametrize("gate", [["--min-cosine", "0.99999"], ["--max-drop", "0.0"]])
-    def test_the_gate_writes_nothing(self, teacher, texts, tmp_path, capsys, gate):
-        assert main(["quantize", teacher, str(tmp_path / "out"), "--bits", "2", "--text", texts, *gate]) == 1
-        assert "quality gate: " in capsys.readouterr().out
-        assert not (tmp_path / "out").exists()
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"model": "not/a/folder"}, "MODEL not/a/folder: no such folder"),
-            ({"model": "full"}, "MODEL .*full is no folder that save_pretrained of transformers wrote"),
-            ({"model": "bare"}, "MODEL .*bare has no tokenizer"),
-            ({"model": "cut"}, "MODEL .*cut can't be loaded"),
-            ({"model": "images"}, "MODEL .*images is a ViTModel, which is no encoder of texts"),
-            ({"out": "full"}, "OUT must be a folder that is new or empty, got .*full"),
-            ({"out": "full/file/out"}, "OUT .*out can't be made: .*file is no folder"),
-            ({"--text": "none.txt"}, "none.txt"),
-            ({"--min-cosine": "98"}, "--min-cosine must be a number from 0 to 1, got 98"),
-            ({"--max-drop": "nan"}, "--max-drop must be a number from 0 to 1, got nan"),
-            ({"--skip": "nothing"}, "skip names 'nothing'"),
-        ],
-    )
-    def test_bad_input(self, teacher, texts, tmp_path, monkeypatch, capsys, change, message):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "full").mkdir()
-        (tmp_path / "full" / "file").touch()
-        tiny_bert.bert().save_pretrained("bare")
-        shutil.copytree(teacher, "cut")
-        os.truncate("cut/model.safetensors", 9999)
-        transformers.ViTModel(
-            transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16)
-        ).save_pretrained("images")
-        tiny_bert.tokenizer().save_pretrained("images")
-        given = {"model": teacher, "out": "out", "--text": texts, **change}
-        options = [word for name, value in given.items() if name.startswith("--") for word in (name, value)]
-        assert main(["quantize", given["model"], given["out"], *options]) == 2
-        said = capsys.readouterr().err
-        assert re.search(message, said) and len(said.splitlines()) == 1
-        assert not (tmp_path / "out").exists()
-
-    def test_twice(self, teacher, texts, tmp_path, capsys):
-        assert main(["quantize", teacher, str(tmp_path / "out"), "--text", texts]) == 0
-        assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "again"), "--text", texts]) == 2
-        assert "quantised already" in capsys.readouterr().err
