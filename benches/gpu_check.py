@@ -2,11 +2,13 @@
 no network.
 
 Each part runs in a process of its own with a limit of its own, so that a crash, a hang or a failing build of one part
-loses nothing of the others; the tests side by side, since they mostly compile, then the benchmarks one by one: first
-what runs forward alone (`benches.gpu_rows`), then the losses (`benches.run`). DIR gets gpu_check.json (machine,
-versions, commit, one entry a part, all rows), gpu.csv (the rows as `benches.run` writes them), and a log of each part.
-Exit status 1 where a part failed, 2 where there is no GPU.
+loses nothing of the others: the tests side by side, since they mostly compile, then the benchmarks one by one, what the
+project has goals for first: encoders and products (`benches.gpu_rows`), losses (`benches.run`), then the rest. When the
+time is up nothing more is started. DIR gets gpu_check.json (machine, versions, commit, one entry a part with the cases
+that it has no row of, all rows), whole at any moment and written anew after every part, gpu.csv (each row as soon as it
+is known), and a log of each part. Exit status 1 where a part did not pass, 2 where there is no GPU.
 
+--resume goes on with what an earlier run with the same DIR did not reach.
 --dry-run needs no GPU: it names the parts, and runs those of `benches.gpu_rows` in small shapes.
 """
 
@@ -14,25 +16,31 @@ import argparse
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from python_tests.case import Case
+from python_tests import case
 from python_tests.cases import BENCHES
 
 from . import gpu_cases, gpu_rows, machine
 
-BUDGET_SECONDS = 570
-BENCH_SECONDS, ROWS_SECONDS, TEST_SECONDS = 90, 150, 200
-# torch.compile may look for its best mode this long for each case.
-COMPILE_SECONDS = 20
+# Of all parts; what imports before and the end of a killed part take beside it stays within ten minutes.
+BUDGET_SECONDS, KILL_SECONDS = 560, 5
+# Of each part of tests; of a case by its op, to which START_SECONDS come once a part; torch.compile may look for its
+# best mode for each loss at most so long.
+TEST_SECONDS, START_SECONDS, LOSS_SECONDS, COMPILE_SECONDS = 170, 30, 40, 15
+ROW_SECONDS = {"encoder": 50, "quant_linear": 15, "varlen_attention": 15}
+NOT_REACHED, PASSED, FAILED, TIMED_OUT = "not reached", "passed", "failed", "timed out"
 # Each with the tests that need a GPU.
 TESTS = {
     "python_tests/test_cuda_gpu.py": "",
@@ -42,122 +50,168 @@ TESTS = {
 }
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one process does: tests, or the benchmarks of `cases`, whose names follow its command."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    cases: tuple[case.Case | gpu_cases.Case, ...] = ()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--budget", type=float, default=BUDGET_SECONDS, metavar="SECONDS", help="for all parts (default: %(default)s)"
     )
+    parser.add_argument("--resume", action="store_true", help="only what an earlier run with DIR did not reach")
     parser.add_argument(
         "--dry-run", action="store_true", help="name the parts, run some in small shapes, without a GPU"
     )
     arguments = parser.parse_args(argv)
-    dry = arguments.dry_run
+    end, dry, out = time.monotonic() + arguments.budget, arguments.dry_run, arguments.out.resolve()
     if not torch.cuda.is_available() and not dry:
         print(f"gpu_check: no GPU: torch {torch.__version__} sees no CUDA device on this machine", file=sys.stderr)
         return 2
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + arguments.budget
-    table = arguments.out / "gpu.csv"
-    table.unlink(missing_ok=True)
-    facts = machine.facts("cuda" if torch.cuda.is_available() else "cpu")
-    report = {"facts": facts, "driver": _driver(), "parts": [], "rows": []}
-    benches = [(ROWS_SECONDS, _forward(op, table, dry)) for op in sorted({case.op for case in gpu_cases.cases()})]
-    losses = [_bench(case, table) for case in BENCHES if case.device == "cuda"]
+    out.mkdir(parents=True, exist_ok=True)
+    tests, benches = test_parts(), bench_parts(out / "gpu.csv", dry)
     if dry:
-        print("\n".join(f"tests     {path} {only}" for path, only in TESTS.items()))
-        print("\n".join(f"bench     {name}" for name, _ in losses))
-    else:
-        benches += [(BENCH_SECONDS, part) for part in losses]
-        for running in [_start(*_test(path, only, arguments.out), arguments.out) for path, only in TESTS.items()]:
-            _note(report, running.finish(min(TEST_SECONDS, end - time.monotonic())), table, arguments.out)
-    for limit, (name, command) in benches:
-        left = end - time.monotonic()
-        if left < 1:
-            _note(report, {"name": name, "status": "no time", "seconds": 0.0}, table, arguments.out)
-            continue
-        _note(report, _start(name, command, arguments.out).finish(min(limit, left)), table, arguments.out)
-    for row in report["rows"]:
-        print(gpu_rows.line(row))
-    passed, parts = sum(part["status"] == "passed" for part in report["parts"]), len(report["parts"])
-    print(f"gpu_check: {passed} of {parts} parts passed; results in {arguments.out}")
-    return 0 if passed == parts else 1
+        not_run = [*tests, *(part for part in benches if not part.name.startswith("rows-"))]
+        print("\n".join(f"part  {part.name} {' '.join(each.name for each in part.cases)}" for part in not_run))
+        tests, benches = [], [part for part in benches if part not in not_run]
+    report = Report(out, tests + benches, arguments.resume)
+    for running in [Running(part, out) for part in tests if report.lacks(part)]:
+        report.note(running.finish(end))
+    for part in benches:
+        if report.lacks(part) and time.monotonic() < end - 1:
+            report.note(Running(report.rest_of(part), out).finish(end))
+    return report.close()
 
 
-@dataclass
+def test_parts() -> list[Part]:
+    options = ("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider")
+    return [
+        Part(Path(path).stem, (sys.executable, *options, "-k", only, path), TEST_SECONDS)
+        for path, only in TESTS.items()
+    ]
+
+
+def bench_parts(table: Path, dry: bool) -> list[Part]:
+    """In the order of their importance; a dry run's rows are one part, which imports once."""
+    goals, rest = [], []
+    for _, found in groupby(gpu_cases.cases(), lambda each: None if dry else (each.op, each.has_goals)):
+        cases = tuple(found)
+        ops, has_goals = [*dict.fromkeys(each.op for each in cases)], cases[-1].has_goals
+        command = (sys.executable, "-m", "benches.gpu_rows", *ops, "--csv", str(table), *(["--dry-run"] if dry else []))
+        seconds = START_SECONDS + sum(ROW_SECONDS[each.op] for each in cases)
+        name = f"rows-{'-'.join(ops)}" if has_goals or dry else f"rows-{ops[0]}-without-goals"
+        (goals if has_goals else rest).append(Part(name, command, seconds, cases))
+    losses = []
+    for op, found in groupby((each for each in BENCHES if each.device == "cuda"), lambda each: each.op):
+        cases = tuple(found)
+        options = ("--device", "cuda", "--csv", str(table), "--seconds", "4", "--compile-seconds", str(COMPILE_SECONDS))
+        command = (sys.executable, "-m", "benches.run", op, *options)
+        losses.append(Part(f"losses-{op}", command, START_SECONDS + LOSS_SECONDS * len(cases), cases))
+    return goals + losses + rest
+
+
 class Running:
     """A part at work; what it prints goes to NAME.log as it comes."""
 
-    name: str
-    process: subprocess.Popen
-    log: Path
-    started: float
+    def __init__(self, part: Part, out: Path):
+        self.part, self.log, self.started = part, out / f"{part.name}.log", time.monotonic()
+        names = ("--case", *(each.name for each in part.cases)) if part.cases else ()
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*part.command, *names], cwd=machine.ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True
+            )  # fmt: skip
 
-    def finish(self, seconds: float) -> dict:
-        """Its status, exit code and time, once it has ended or run for `seconds` since it started."""
+    def finish(self, end: float) -> dict:
+        """Its entry in the report, once it has ended, or is killed at its limit or at `end`."""
         try:
-            code = self.process.wait(max(0, seconds - (time.monotonic() - self.started)))
-            status = "passed" if code == 0 else "failed"
+            code = self.process.wait(max(0, min(self.started + self.part.seconds, end) - time.monotonic()))
+            status = PASSED if code == 0 else FAILED
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            code, status = self.process.wait(), "timed out"
+            code, status = self._kill(), TIMED_OUT
         spent = round(time.monotonic() - self.started, 1)
-        part = {"name": self.name, "status": status, "exit_code": code, "seconds": spent, "log": self.log.name}
-        results = self.log.with_suffix(".xml")
-        if results.is_file():
-            suite = ElementTree.parse(results).getroot().find("testsuite")
-            part["tests"] = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-        return part
+        entry = {"name": self.part.name, "status": status, "exit_code": code, "seconds": spent, "log": self.log.name}
+        if not self.part.cases:
+            # From the log and not from a report of pytest's, which a run that is killed never writes.
+            words = re.findall(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED)\b", self.log.read_text(), re.MULTILINE)
+            entry["tests"] = {word.lower(): words.count(word) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+        return entry
+
+    def _kill(self) -> int | None:
+        """The exit code; None where the driver holds the process, which nobody waits for."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        try:
+            return self.process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
 
 
-def _start(name: str, command: list[str], out: Path) -> Running:
-    log, environment = out / f"{name}.log", {**os.environ, "PYTHONUNBUFFERED": "1"}
-    log.with_suffix(".xml").unlink(missing_ok=True)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=machine.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    return Running(name, process, log, time.monotonic())
+class Report:
+    """gpu_check.json: complete from the first moment on, with parts that were not reached named as such."""
 
+    def __init__(self, out: Path, parts: Iterable[Part], resume: bool):
+        self._path, self._table = out / "gpu_check.json", out / "gpu.csv"
+        self._parts = {part.name: part for part in parts}
+        earlier = json.loads(self._path.read_text())["parts"] if resume and self._path.is_file() else []
+        if not resume:
+            self._table.unlink(missing_ok=True)
+        empty = [{"name": name, "status": NOT_REACHED, "seconds": 0.0} for name in self._parts]
+        self._entries = {entry["name"]: entry for entry in (*empty, *earlier)}
+        facts = machine.facts("cuda" if torch.cuda.is_available() else "cpu")
+        self._report = {"facts": facts, "driver": _driver(), "parts": [], "rows": []}
+        self._write()
 
-def _test(path: str, only: str, out: Path) -> tuple[str, list[str]]:
-    results = out.resolve() / f"{Path(path).stem}.xml"
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={results}", "-k", only]
-    return Path(path).stem, [sys.executable, "-m", "pytest", *options, path]
+    def lacks(self, part: Part) -> bool:
+        """Whether the part has not come to its end yet, and something of it is missing."""
+        unfinished = self._entries[part.name]["status"] in (NOT_REACHED, TIMED_OUT)
+        return unfinished and (not part.cases or bool(self._without_row(part)))
 
+    def rest_of(self, part: Part) -> Part:
+        """The part without the cases that have a row."""
+        return replace(part, cases=tuple(each for each in part.cases if each.id in self._without_row(part)))
 
-def _forward(op: str, table: Path, dry_run: bool) -> tuple[str, list[str]]:
-    command = [sys.executable, "-m", "benches.gpu_rows", op, "--csv", str(table.resolve())]
-    return f"rows-{op}", [*command, *(["--dry-run"] if dry_run else [])]
+    def note(self, entry: dict) -> None:
+        """Prints a part's entry and stores everything known so far."""
+        self._entries[entry["name"]] = entry
+        self._write()
+        counts = f"  {entry['tests']}" if "tests" in entry else ""
+        print(f"{entry['status']:11} {entry['seconds']:6.1f} s  {entry['name']}{counts}", flush=True)
 
+    def close(self) -> int:
+        """Prints all rows and what is missing; the exit status."""
+        for row in self._report["rows"]:
+            print(gpu_rows.line(row))
+        for entry in self._report["parts"]:
+            if entry["status"] != PASSED:
+                missing = f": no row of {', '.join(entry['without_row'])}" if entry["without_row"] else ""
+                print(f"{entry['status']}: {entry['name']}{missing}")
+        count = Counter(entry["status"] for entry in self._report["parts"])
+        print(f"gpu_check: {count[PASSED]} of {count.total()} parts passed; results in {self._path.parent}")
+        return 0 if count[PASSED] == count.total() else 1
 
-def _bench(case: Case, table: Path) -> tuple[str, list[str]]:
-    options = ["--device", "cuda", "--seconds", "5", "--compile-seconds", str(COMPILE_SECONDS)]
-    command = [sys.executable, "-m", "benches.run", case.op, "--case", case.name, *options]
-    return case.id, [*command, "--csv", str(table.resolve())]
+    def _write(self) -> None:
+        """Whole or not at all: a run that is stopped leaves the last complete report."""
+        if self._table.is_file():
+            with self._table.open(newline="") as file:
+                self._report["rows"] = list(csv.DictReader(file))
+        for name, part in self._parts.items():
+            self._entries[name]["without_row"] = self._without_row(part)
+        self._report["parts"] = list(self._entries.values())
+        unfinished = self._path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self._report, indent=1))
+        unfinished.replace(self._path)
 
-
-def _note(report: dict, part: dict, table: Path, out: Path) -> None:
-    """Prints the part and stores everything known so far."""
-    counts = f"  {part['tests']}" if "tests" in part else ""
-    print(f"{part['status']:9} {part['seconds']:6.1f} s  {part['name']}{counts}", flush=True)
-    report["parts"].append(part)
-    report["rows"] = _rows(table)
-    _write(out / "gpu_check.json", report)
-
-
-def _rows(table: Path) -> list[dict[str, str]]:
-    if not table.is_file():
-        return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path: Path, report: dict) -> None:
-    """Whole or not at all: a run that is stopped leaves the last complete report."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(report, indent=1))
-    unfinished.replace(path)
+    def _without_row(self, part: Part) -> list[str]:
+        rows = self._report["rows"]
+        found = {f"{row['op']}-{row['case']}" for row in rows if row["implementation"] == gpu_cases.OURS}
+        return [each.id for each in part.cases if each.id not in found]
 
 
 def _driver() -> dict[str, str]:
@@ -168,7 +222,7 @@ def _driver() -> dict[str, str]:
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=10,
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:

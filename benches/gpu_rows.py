@@ -4,7 +4,8 @@ Ours is first compared with the reference in float64, and what does not match is
 or that computes something else, is named and left out. A sample is a CUDA graph of the case's calls, each on weights of
 its own, after the L2 cache was flushed: launches cost next to nothing, as in a server that captures its model, and
 weights come out of memory. All run in turns, round by round. A row has the columns of `benches.run`: `loss_error` is
-the output's error, and of ours `target` is a share of the ceiling in percent, of a peer how many times ours it takes.
+the output's error, and `target` says of ours the milliseconds that it may take or its share of the ceiling, of a peer
+how many times ours it shall take. What has goals is measured first.
 
 --dry-run does all of it in small shapes, on the CPU where there is no GPU: what it says of time means nothing.
 """
@@ -24,7 +25,7 @@ import kdkernels
 from . import machine, roofline
 from .gpu_cases import OURS, Built, Case, cases
 from .rows import append
-from .run import COLUMNS, SAME_FORMULA
+from .run import COLUMNS, SAME_FORMULA, share_of_ceiling
 from .timing import L2_FLUSH_BYTES, in_turns, spread
 
 WARM_UPS = 3
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.gpu_rows", description=__doc__.splitlines()[0])
     ops = sorted({case.op for case in cases()})
     parser.add_argument("ops", metavar="OP", nargs="*", help=f"of {', '.join(ops)} (default: all)")
-    parser.add_argument("--case", metavar="TEXT", default="", help="only cases whose name contains this")
+    parser.add_argument("--case", metavar="TEXT", nargs="*", help="only cases whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=1.5, help="for the rounds of one case (default: %(default)s)")
     parser.add_argument("--csv", metavar="PATH", type=Path, help="append the rows to this file")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -42,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.ops) - {*ops}:
         parser.error(f"OP must be one of {', '.join(ops)}, got {', '.join(sorted(unknown))}")
-    chosen = [case for case in cases() if case.op in (arguments.ops or ops) and arguments.case in case.name]
+    wanted = arguments.case or [""]
+    chosen = [
+        case for case in cases() if case.op in (arguments.ops or ops) and any(text in case.name for text in wanted)
+    ]
     if arguments.list:
         print("\n".join(f"{case.op:16} {case.name:28} {case.why}" for case in chosen))
         return 0
@@ -85,7 +89,7 @@ def measure(case: Case, device: str, small: bool, seconds: float, ceilings: roof
         low, middle, high = spread(samples)
         percent = 100 * floor / middle
         if name == OURS:
-            judged = {"target": case.share, "reached": None if case.share is None else percent >= case.share}
+            judged = _judgement(case, middle * 1e3, percent)
         else:
             ratio = median(peer / own for peer, own in zip(samples, times[OURS], strict=True))
             goal = case.targets.get(name)
@@ -104,6 +108,13 @@ def measure(case: Case, device: str, small: bool, seconds: float, ceilings: roof
             | judged
         )  # fmt: skip
     return rows
+
+
+def _judgement(case: Case, milliseconds: float, percent: float) -> dict:
+    """Our row's goal in its own unit, and whether it was reached."""
+    if case.milliseconds is not None:
+        return {"target": f"{case.milliseconds:g} ms", "reached": milliseconds <= case.milliseconds}
+    return {} if case.share is None else share_of_ceiling(case.share, percent)
 
 
 def _compare(case: Case, built: Built) -> dict[str, tuple[float, torch.dtype]]:
@@ -177,15 +188,15 @@ def _captured(run: Callable[[], None]) -> tuple[Callable[[], None], str]:
 
 def line(row: dict) -> str:
     """A row for a terminal; its values may be the text of a CSV."""
-    number = {key: float(row[key]) for key in ("median_ms", "percent_of_ceiling", "ratio", "target") if row[key]}
+    number = {key: float(row[key]) for key in ("median_ms", "percent_of_ceiling", "ratio") if row[key]}
+    target = row["target"]
     said = (
         f"{row['op']:14} {row['case']:26} {row['implementation']:20} {number['median_ms']:9.4f} ms "
         f"{number['percent_of_ceiling']:6.1f} % of {row['bound']}"
     )
     if "ratio" in number:
-        goal = f" (target {number['target']:g}x)" if "target" in number else ""
-        return f"{said}  {number['ratio']:.2f}x{goal}"
-    return f"{said}  (target {number['target']:g} %)" if "target" in number else said
+        return f"{said}  {number['ratio']:.2f}x" + (f" (target {float(target):g}x)" if target else "")
+    return f"{said}  (target {target})" if target else said
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,14 +121,14 @@ def tables(found: list[dict]) -> str:
 
 def _of_device(report: dict) -> Iterator[str]:
     facts = report["facts"]
-    tests = [part["tests"] for part in report["parts"] if "tests" in part]
-    count = {key: sum(part[key] for part in tests) for key in ("tests", "failures", "errors", "skipped")}
-    passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
+    count = sum((Counter(part.get("tests", {})) for part in report["parts"]), Counter())
     described = ", ".join(sorted({row["ceilings"] for row in report["rows"]}))
     yield (
         f"{facts['machine']}, torch {facts['torch']}, Triton {facts['triton']}, commit {facts['commit']}; {described}. "
-        f"{passed} tests passed, {count['failures'] + count['errors']} failed, {count['skipped']} were skipped."
+        f"{count['passed']} tests passed, {count['failed'] + count['error']} failed, {count['skipped']} were skipped."
     )
+    if missing := [name for part in report["parts"] for name in part["without_row"]]:
+        yield f"Not measured: {', '.join(missing)}."
     yield ""
     yield "| op | case | kdkernels, ms | ceiling | peers, as times ours |"
     yield "|---|---|---|---|---|"
@@ -139,13 +139,14 @@ def _of_device(report: dict) -> Iterator[str]:
         if OURS not in rows:
             continue
         ours = rows.pop(OURS)
-        share = f"{float(ours['percent_of_ceiling']):.0f} %{_goal(ours, ' %')} of {ours['bound']}"
-        peers = (f"{name} {float(row['ratio']):.2f}x{_goal(row, 'x')}" for name, row in rows.items())
-        yield f"| `{op}` | {case} | {float(ours['median_ms']):.3g} | {share} | {', '.join(peers)} |"
+        goal = {unit: f" (goal {ours['target']})" if ours["target"].endswith(unit) else "" for unit in ("ms", "%")}
+        share = f"{float(ours['percent_of_ceiling']):.0f} %{goal['%']} of {ours['bound']}"
+        peers = (f"{name} {float(row['ratio']):.2f}x{_goal(row)}" for name, row in rows.items())
+        yield f"| `{op}` | {case} | {float(ours['median_ms']):.3g}{goal['ms']} | {share} | {', '.join(peers)} |"
 
 
-def _goal(row: dict, unit: str) -> str:
-    return f" (goal {float(row['target']):g}{unit})" if row["target"] else ""
+def _goal(peer: dict) -> str:
+    return f" (goal {float(peer['target']):g}x)" if peer["target"] else ""
 
 
 if __name__ == "__main__":

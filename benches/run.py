@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         table = of(*arguments.ops, table=BENCHES)
     except ValueError as error:
         parser.error(str(error))
-    cases = [case for case in table if case.device == arguments.device and (arguments.case or "") in case.name]
+    wanted = arguments.case or [""]
+    cases = [case for case in table if case.device == arguments.device and any(text in case.name for text in wanted)]
     if not cases:
         print("benches.run: no case fits; --list shows all", file=sys.stderr)
         return 2
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benches.run", description="Time the fused losses beside their peers."
     )
     parser.add_argument("ops", metavar="OP", nargs="*", help=f"of {', '.join((*OPS, *STEPS))} (default: all)")
-    parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--case", metavar="TEXT", nargs="*", help="only cases whose name contains one of these")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all that run here")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -170,14 +171,15 @@ def measure(case: Case, effort: Effort, ceilings: roofline.Ceilings, facts: dict
     for entry in entries:
         samples = times[entry.runner.name]
         low, middle, high = spread(samples)
+        percent = 100 * floor / middle
         rows.append(
             {
                 "op": case.op, "case": case.name, "implementation": entry.runner.name, "variant": entry.variant,
                 "dtype": str(entry.runner.call.leaves[0].dtype).removeprefix("torch."),
                 "median_ms": middle * 1e3, "p20_ms": low * 1e3, "p80_ms": high * 1e3, "rounds": len(samples),
                 "bytes": work.bytes, "operations": work.operations, "floor_ms": floor * 1e3, "bound": bound,
-                "percent_of_ceiling": 100 * floor / middle, "ceilings": ceilings.described, "when": now,
-                **entry.values, **facts, **_judgement(case, call, entry, times),
+                "percent_of_ceiling": percent, "ceilings": ceilings.described, "when": now,
+                **entry.values, **facts, **_judgement(case, call, entry, times, percent),
             }
         )  # fmt: skip
     return rows
@@ -237,15 +239,24 @@ def _compare(entry: Entry, call: Call, truth, entries: list[Entry]) -> None:
     entries.remove(entry)
 
 
-def _judgement(case: Case, call: Call, entry: Entry, times: dict) -> dict:
-    """The peer's ratio to ours beside its target, and for ours the memory beside its target."""
+def _judgement(case: Case, call: Call, entry: Entry, times: dict, percent: float) -> dict:
+    """The peer's ratio to ours beside its target, and for ours memory and the share of the ceiling beside theirs."""
     name, target = entry.runner.name, case.target
     if name == OURS:
         limit = target.memory(call) if target.memory else None
-        return {"extra_target": limit, "extra_reached": None if limit is None else entry.values["extra_bytes"] <= limit}
+        judged = {
+            "extra_target": limit,
+            "extra_reached": None if limit is None else entry.values["extra_bytes"] <= limit,
+        }
+        return judged | ({} if target.share is None else share_of_ceiling(target.share, percent))
     ratio = median(peer / ours for peer, ours in zip(times[name], times[OURS], strict=True))
     goal = {EAGER: target.eager, COMPILE: target.compile, LIGER: target.liger, FLOAT32: target.float32}[name]
     return {"ratio": ratio, "target": goal, "reached": None if goal is None else ratio >= goal}
+
+
+def share_of_ceiling(goal: float, percent: float) -> dict:
+    """What a row of ours says of a goal that is a share of the ceiling."""
+    return {"target": f"{goal:g} %", "reached": percent >= goal}
 
 
 def _table(case: Case, rows: list[dict]) -> str:
@@ -260,6 +271,7 @@ def _table(case: Case, rows: list[dict]) -> str:
             judged = f"{row['ratio']:6.2f}x" + _verdict(row["target"], row["reached"], "{:g}x".format)
         elif row.get("extra_target") is not None:
             judged = "memory" + _verdict(row["extra_target"], row["extra_reached"], lambda n: f"{n / 1e6:.3g} MB")
+            judged += _verdict(row.get("target"), row.get("reached"), str)
         lines.append(
             f"  {row['implementation']:16}{row['median_ms']:10.3f}{row['p20_ms']:9.3f}{row['p80_ms']:9.3f}"
             f"{row['percent_of_ceiling']:8.1f}%{row['extra_bytes'] / 1e6:10.3f}{row['gradient_error']:10.1e}   {judged}"

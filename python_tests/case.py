@@ -29,12 +29,14 @@ FLOAT32 = (torch.float32, torch.float32)
 
 @dataclass(frozen=True)
 class Target:
-    """What a bench row must reach: how many times faster than a peer, and the memory beyond inputs and gradients."""
+    """What a bench row must reach: how many times faster than a peer, the percentage of the ceiling, and the memory
+    beyond inputs and gradients."""
 
     eager: float | None = None
     compile: float | None = None
     float32: float | None = None
     liger: float | None = None
+    share: float | None = None
     memory: Callable[["Call"], int] | None = None
 
 

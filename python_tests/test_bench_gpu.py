@@ -3,12 +3,16 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benches import gpu_check, gpu_rows, gpu_table, roofline
 from benches.gpu_cases import OURS, cases
+
+from .case import Target
+from .cases import BENCHES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CEILINGS = roofline.Ceilings(1e10, 1e11, "made up")
@@ -37,20 +41,41 @@ def test_dry_run_of_everything(tmp_path, monkeypatch, capsys):
     assert {row["variant"] for row in rows} == {"dry run"}
     ours = [row for row in rows if row["implementation"] == OURS]
     assert [(row["op"], row["case"]) for row in ours] == [(case.op, case.name) for case in cases()]
+    assert not any(part["without_row"] for part in report["parts"])
     with_targets = {(row["case"], row["implementation"]) for row in rows if row["target"]}
     assert with_targets >= {(case.name, peer) for case in cases() for peer in case.targets}
+    with_targets = {row["case"]: row["target"] for row in ours if row["target"]}
+    assert with_targets == {
+        "bert_base_32x128_int8": "0.95 ms",
+        "bert_base_1x128_int8": "0.32 ms",
+        "w8a8_4096x768x3072_gelu": "55 %",
+    }
     shown = capsys.readouterr().out
-    assert "python_tests/test_cuda_gpu.py" in shown and "kd_loss-kl_8192x128256_bf16" in shown
+    assert "test_cuda_gpu" in shown and "losses-kd_loss kl_8192x128256_bf16 jsd_8192x128256_bf16" in shown
+
+
+def test_what_has_goals_comes_first():
+    """Nothing is left out: what the project has goals for, then the rest."""
+    parts = gpu_check.bench_parts(Path("gpu.csv"), dry=False)
+    losses = [case for case in BENCHES if case.device == "cuda"]
+    goals = [*(case.id for case in cases() if case.has_goals), *(case.id for case in losses if case.target != Target())]
+    rest = {case.id for case in (*cases(), *losses)} - {*goals}
+    ids = [case.id for part in parts for case in part.cases]
+    assert ids[: len(goals)] == goals and {*ids[len(goals) :]} == rest and len(ids) == len({*ids})
+    assert len({part.name for part in parts}) == len(parts)
 
 
 def test_a_row():
     case = of("w4a16_16x4096x4096")
     ours, peer = measure(replace(case, targets={"torch bf16": 1e-9}, share=1e9))
     assert (ours["implementation"], ours["dtype"], ours["ratio"]) == (OURS, "bfloat16", None)
-    assert ours["target"] == 1e9 and ours["reached"] is False
+    assert ours["target"] == "1e+09 %" and ours["reached"] is False
     assert peer["ratio"] > 0 and peer["reached"]
     assert ours["loss_error"] < 1e-2 and ours["percent_of_ceiling"] > 0
-    assert "1e+09 %" in gpu_rows.line(ours) and "(target 1e-09x)" in gpu_rows.line(peer)
+    assert "(target 1e+09 %)" in gpu_rows.line(ours) and "(target 1e-09x)" in gpu_rows.line(peer)
+    for milliseconds in (1e9, 1e-9):
+        ours, *_ = measure(replace(case, milliseconds=milliseconds))
+        assert ours["target"] == f"{milliseconds:g} ms" and ours["reached"] is (milliseconds > 1)
 
 
 def test_wrong_results_are_not_timed(capsys):
@@ -96,10 +121,16 @@ def row(op, case, implementation, **values):
 
 REPORT = {
     "facts": {"machine": "NVIDIA Made Up 9", "torch": "2.13.0", "triton": "3.9.0", "commit": "abc"},
-    "parts": [{"name": "a", "tests": {"tests": 9, "failures": 1, "errors": 0, "skipped": 2}}, {"name": "b"}],
+    "parts": [
+        {"name": "a", "tests": {"passed": 6, "failed": 1, "error": 0, "skipped": 2}, "without_row": []},
+        {"name": "b", "without_row": ["kd_loss-jsd"]},
+    ],
     "rows": [
-        row("kd_loss", "kl", OURS, median_ms="1.5", percent_of_ceiling="80.4", bound="bandwidth", variant="graph"),
+        row("kd_loss", "kl", OURS, median_ms="1.5", percent_of_ceiling="80.4", bound="bandwidth", target="85 %"),
         row("kd_loss", "kl", "eager", median_ms="15", ratio="10", target="6"),
+        row(
+            "quant_linear", "int8", OURS, median_ms="0.9", percent_of_ceiling="40", bound="bandwidth", target="0.95 ms"
+        ),
     ],
 }
 
@@ -124,9 +155,10 @@ def test_tables_of_a_report(tmp_path, monkeypatch, capsys):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| `kd_loss`, CUDA C++ | sm_80, sm_90a | the `.cu` source under a host shim | NVIDIA Made Up 9 |" in text
-    assert text.count(gpu_table.NOT_YET) == len(gpu_table.ROUTES) - 1
-    assert "| `kd_loss` | kl | 1.5 | 80 % of bandwidth | eager 10.00x (goal 6x) |" in text
-    assert "6 tests passed, 1 failed, 2 were skipped" in text
+    assert text.count(gpu_table.NOT_YET) == len(gpu_table.ROUTES) - 2
+    assert "| `kd_loss` | kl | 1.5 | 80 % (goal 85 %) of bandwidth | eager 10.00x (goal 6x) |" in text
+    assert "| `quant_linear` | int8 | 0.9 (goal 0.95 ms) | 40 % of bandwidth |  |" in text
+    assert "6 tests passed, 1 failed, 2 were skipped.\nNot measured: kd_loss-jsd.\n" in text
     dry = REPORT | {"rows": [REPORT["rows"][0] | {"variant": "dry run"}]}
     for wrong in ("[]", "{", json.dumps(dry)):
         (tmp_path / "wrong.json").write_text(wrong)

@@ -5,6 +5,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,19 +183,40 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path, capsys):
 
 
 def test_gpu_check_survives_failing_parts(tmp_path, monkeypatch, capsys):
-    """A part that fails, one that works and one that hangs, as on a machine with a GPU."""
-    scripts = {"broken": "import sys; print('no'); sys.exit(3)", "works": "print('yes')"}
+    """Parts that fail, work, write one of their rows and hang, and are never reached, as on a machine with a GPU; and
+    what goes on where they ended."""
+    tests = "print('a.py::test[x y] PASSED [50%]\\na.py::test_b FAILED [99%]'); raise SystemExit(3)"
+    first_row_alone = (
+        "import pathlib, sys, time; table, _, first, *others = sys.argv[1:]; path = pathlib.Path(table)\n"
+        "head = '' if path.exists() else 'op,case,implementation,median_ms,percent_of_ceiling,bound,ratio,target\\n'\n"
+        "path.open('a').write(f'{head}kd_loss,{first},kdkernels,1,50,bandwidth,,\\n'); time.sleep(60 * len(others))"
+    )
+    names = ("first", "second", "third")
+    first, second, third = (replace(SMALL, name=name, device="cuda") for name in names)
+
+    def benches(table, dry):
+        python = (sys.executable, "-c", first_row_alone, str(table))
+        return [gpu_check.Part("hangs", python, 2, (first, second)), gpu_check.Part("late", python, 9, (third,))]
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check.machine, "facts", lambda device: {"machine": device})
-    monkeypatch.setattr(gpu_check, "TESTS", dict.fromkeys(scripts, ""))
-    monkeypatch.setattr(gpu_check.gpu_cases, "cases", tuple)
-    monkeypatch.setattr(gpu_check, "BENCHES", [replace(SMALL, device="cuda")])
-    monkeypatch.setattr(gpu_check, "BENCH_SECONDS", 1)
-    monkeypatch.setattr(gpu_check, "_test", lambda path, only, out: (path, [sys.executable, "-c", scripts[path]]))
-    monkeypatch.setattr(gpu_check, "_bench", lambda case, table: ("hangs", ["sleep", "60"]))
-    assert gpu_check.main(["--out", str(tmp_path)]) == 1
-    report = json.loads((tmp_path / "gpu_check.json").read_text())
-    expected = [("broken", "failed"), ("works", "passed"), ("hangs", "timed out")]
-    assert [(part["name"], part["status"]) for part in report["parts"]] == expected
-    assert (tmp_path / "broken.log").read_text() == "no\n"
-    assert "1 of 3 parts passed" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_check, "test_parts", lambda: [gpu_check.Part("broken", (sys.executable, "-c", tests), 9)])
+    monkeypatch.setattr(gpu_check, "bench_parts", benches)
+
+    def run(*options):
+        assert gpu_check.main(["--out", str(tmp_path), *options]) == 1
+        report = json.loads((tmp_path / "gpu_check.json").read_text())
+        parts = [(part["name"], part["status"], part["without_row"]) for part in report["parts"]]
+        return report, parts, capsys.readouterr().out
+
+    started = time.monotonic()
+    report, parts, shown = run("--budget", "2")
+    assert time.monotonic() - started < 9
+    assert parts[0] == ("broken", "failed", [])
+    assert parts[1:] == [("hangs", "timed out", [second.id]), ("late", "not reached", [third.id])]
+    assert report["parts"][0]["tests"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+    assert [row["case"] for row in report["rows"]] == ["first"]
+    assert (tmp_path / "broken.log").read_text().startswith("a.py") and "0 of 3 parts passed" in shown
+    report, parts, shown = run("--resume")
+    assert [status for _, status, _ in parts] == ["failed", "passed", "passed"]
+    assert [row["case"] for row in report["rows"]] == [*names] and "2 of 3 parts passed" in shown

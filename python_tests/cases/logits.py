@@ -196,7 +196,7 @@ CPU = [
 CUDA = [
     (
         kd("kl_8192x128256_bf16", "a Llama vocabulary", (8192,), 128256),
-        Target(eager=6, compile=1.4, liger=4, memory=_rows_32_bytes),
+        Target(eager=6, compile=1.4, liger=4, share=85, memory=_rows_32_bytes),
     ),
     (
         kd("jsd_8192x128256_bf16", "the same, beside Liger's JSD", (8192,), 128256, kind="jsd"),
