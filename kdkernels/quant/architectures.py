@@ -111,6 +111,15 @@ def position_tables(base: nn.Module) -> list[str]:
     return ["embeddings.position_embeddings"] if type(base).__name__ in _BLOCKS else []
 
 
+def read_as_matrices(model: nn.Module) -> set[str]:
+    """Names of linears that are never called: a head of MobileBERT multiplies with their weights itself."""
+    return {
+        f"{name}.decoder"
+        for name, module in model.named_modules()
+        if type(module).__name__ == "MobileBertLMPredictionHead"
+    }
+
+
 def positions(base: nn.Module, ids: torch.Tensor | None, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     """The position ids [B or 1, N] that the model gives its tokens when it is given none."""
     embeddings, first = base.embeddings, 0

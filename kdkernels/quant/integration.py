@@ -1,17 +1,22 @@
 """kdkernels as a quantisation method of transformers: `quantization_config` in config.json, and from_pretrained.
 
 A checkpoint holds the packed weights as uint8 tensors, the rest as it was, and in its config the few settings that
-`plan` needs to lay out the same modules again. A damaged or foreign file is an error and never a wrong model: packed
-weights carry checksums, and the config a digest of all tensors, which counts where the model is loaded as it was saved.
+`plan` needs to lay out the same modules again. A damaged or foreign file is an error and never a wrong model, whatever
+class and dtype it is loaded as: config.json has a digest of all tensors in the files, names included, and every packed
+weight a checksum of its own, for those who take tensors out of the files by themselves.
 
 Imported while transformers itself is being imported (see _register.py): what needs its models is imported when it runs.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,7 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .scheme import Scheme
 
 METHOD = "kdkernels"
-FORMAT = 2  # 1 had position embeddings in float32, and word embeddings in 8 bits beside every scheme
+# 1 had position embeddings in float32, and word embeddings in 8 bits beside every scheme; 2 had vocabulary heads twice.
+FORMAT = 3
 
 
 @register_quantization_config(METHOD)
@@ -30,55 +36,69 @@ class KdkernelsConfig(QuantizationConfigMixin):
         scheme: of the encoder's linears; the fields of a `Scheme`.
         bits_per_layer: {part of a module's name: fields of its Scheme}.
         skip: parts of names of modules that were left as they were.
-        digest: SHA-256 over names, dtypes and bytes of all tensors.
+        tied: names of vocabulary heads whose weight is stored as the word embedding's alone.
+        digest: SHA-256 over names, dtypes, shapes and bytes of all tensors in the files.
         format: the version of these settings.
     """
 
-    def __init__(self, scheme, bits_per_layer: Mapping = (), skip: Sequence[str] = (), digest="", format=FORMAT, **_):
+    def __init__(
+        self,
+        scheme,
+        bits_per_layer: Mapping = (),
+        skip: Sequence[str] = (),
+        tied: Collection[str] = (),
+        digest="",
+        format=FORMAT,
+        **_,
+    ):
         if format != FORMAT:
             raise ValueError(f"quantization_config has format {format!r}; this version of kdkernels reads {FORMAT}")
         self.quant_method = METHOD
         self.scheme, self.bits_per_layer, self.skip = scheme, dict(bits_per_layer), list(skip)
-        self.digest, self.format = digest, format
+        self.tied, self.digest, self.format = sorted(tied), digest, format
 
 
 @register_quantizer(METHOD)
 class KdkernelsQuantizer(HfQuantizer):
-    """Lays out empty quantised modules before the weights are read, checks what was read, attaches the encoder."""
+    """Checks the files, lays out empty quantised modules before the weights are read, attaches the encoder."""
 
-    def _process_model_before_weight_loading(self, model, **_):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
+        from . import tied
         from .quantize import lay_out, plan
 
         config = self.quantization_config
         own = {part: Scheme(**fields) for part, fields in config.bits_per_layer.items()}
-        self._as_saved = type(model).__name__ in (model.config.architectures or ())
+        if checkpoint_files is not None:
+            check(checkpoint_files, config.digest)
         lay_out(model, plan(model, Scheme(**config.scheme), own, config.skip))
+        tied.share(model, config.tied)
+        tied.forget(model)
 
     def _process_model_after_weight_loading(self, model, **_):
         from .encoder import attach_all
-        from .modules import QuantEmbedding, QuantLinear
+        from .modules import Packed
 
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+        for module in packed.values():
+            module.unfold()  # what transformers may have looked at while it was loading
         for tensor in (*model.parameters(), *model.buffers()):
-            if (
-                tensor.device.type == "cpu"
-            ):  # views of the mapped file, which would stay in memory beside what is laid out
+            if tensor.device.type == "cpu":  # a view of the mapped file, which would stay in memory
                 tensor.data = tensor.data.clone()
-        expected, found = self.quantization_config.digest, digest(model)
-        for name, module in model.named_modules():
-            if isinstance(module, (QuantLinear, QuantEmbedding)):
-                try:
-                    module.weight  # noqa: B018  reads and checks it
-                except ValueError as error:
-                    raise ValueError(f"the checkpoint's {name}.packed is unusable: {error}") from None
-        same_dtypes = expected.partition(":")[0] == found.partition(":")[0]
-        if self._as_saved and same_dtypes and expected != found:
-            raise ValueError("the checkpoint is damaged: its tensors do not have the digest that its config.json says")
+        for name, module in packed.items():
+            try:
+                module.weight  # noqa: B018  reads and checks it
+            except ValueError as error:
+                raise ValueError(f"the checkpoint's {name}.packed is unusable: {error}") from None
         attach_all(model)
         return model
 
     def get_state_dict_and_metadata(self, model):
-        model.config.quantization_config.digest = digest(model)  # config.json is written after this
-        return None, {}
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        stored = revert_weight_conversion(model, dict(tensors))  # as save_pretrained will name them
+        model.config.quantization_config.digest = digest(stored.items())  # config.json is written after this
+        return tensors, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -92,19 +112,33 @@ class KdkernelsQuantizer(HfQuantizer):
         return True
 
 
-def mark(model, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequence[str]) -> None:
+def mark(model, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequence[str], tied: Collection[str] = ()) -> None:
     """Tells a quantised model of transformers that it is one, as from_pretrained would."""
-    config = KdkernelsConfig(asdict(scheme), {part: asdict(chosen) for part, chosen in own.items()}, skip)
+    config = KdkernelsConfig(asdict(scheme), {part: asdict(chosen) for part, chosen in own.items()}, skip, tied)
     model.hf_quantizer = KdkernelsQuantizer(config)
     model.is_quantized, model.quantization_method = True, METHOD
     model.config.quantization_config = config
 
 
-def digest(model) -> str:
-    """ "dtypes:SHA-256" of the tensors that a checkpoint holds."""
-    sha, dtypes = hashlib.sha256(), set()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tuple(tensor.shape)}".encode())
+def check(files: Sequence[str], expected: str) -> None:
+    """ValueError unless the files hold the tensors that were saved."""
+    if other := [file for file in files if not str(file).endswith(".safetensors")]:
+        raise ValueError(f"kdkernels reads checkpoints from safetensors only, got {Path(other[0]).name}")
+    try:
+        with ExitStack() as opened:
+            readers = [opened.enter_context(safe_open(file, "pt")) for file in files]
+            found = digest((name, reader.get_tensor(name)) for reader in readers for name in reader.keys())
+    except SafetensorError as error:
+        raise ValueError(f"the checkpoint's safetensors file is cut off or damaged: {error}") from None
+    if found != expected:
+        raise ValueError("the checkpoint is damaged: its tensors do not have the digest that its config.json says")
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over SHA-256s of the tensors, each with its name, dtype and shape, in the names' order."""
+    found = {}
+    for name, tensor in tensors:
+        sha = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        dtypes.add(str(tensor.dtype).removeprefix("torch."))
-    return f"{'+'.join(sorted(dtypes))}:{sha.hexdigest()}"
+        found[name] = sha.digest()
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()

@@ -16,9 +16,10 @@ from .scheme import Scheme
 _LAYING_OUT = threading.Lock()
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """Holds a packed weight once: as the buffer `packed`, as it was loaded; from the first call, or packing, on as a
-    PackedWeight, whose layout for the kernels then is the buffer `prepared`. A state dict always has `packed`.
+    PackedWeight, whose layout for the kernels then is the buffer `prepared`. A state dict always has `packed`, unless
+    the weight is another module's.
     """
 
     _prepare: bool  # whether kernels multiply with it
@@ -29,47 +30,55 @@ class _Packed(nn.Module):
         self.register_buffer("packed", torch.zeros(blob_bytes(scheme, rows, columns), dtype=torch.uint8))
         self.register_buffer("prepared", None, persistent=False)
         self._weight = None
+        self._lender = ()
+
+    def borrow(self, lender: "Packed") -> None:
+        """From here on this module's weight is the lender's, as a vocabulary head's is the word embedding's."""
+        self.packed = self.prepared = self._weight = None
+        self._lender = (lender,)  # within a tuple it is no submodule, whose tensors a state dict would repeat
 
     @property
     def weight(self) -> PackedWeight:
         """ValueError if the buffer is not a whole packed weight of this module's shape and scheme."""
         if self._weight is None:
+            lent = self._lender[0].weight.blob if self._lender else None
             with _LAYING_OUT:  # threads may make the first call together
                 if self._weight is None:
-                    self._hold(PackedWeight(self.packed, prepare=self._prepare))
+                    self._hold(PackedWeight(self.packed if lent is None else lent, prepare=self._prepare))
         return self._weight
 
     def _hold(self, weight: PackedWeight) -> None:
         if tuple(weight.shape) != self.shape or weight.scheme != self.scheme:
             raise ValueError(f"packed holds {weight}, where {self} was expected")
         self._weight, self.prepared = weight, weight.prepared
-        self.packed = weight.blob if weight.prepared is None else None
+        self.packed = weight.blob if weight.prepared is None and not self._lender else None
 
-    def _unfold(self) -> None:
+    def unfold(self) -> None:
         """Back to the buffer alone."""
         if self._weight is not None:
-            self.packed, self.prepared, self._weight = self._weight.blob, None, None
+            self.packed = None if self._lender else self._weight.blob
+            self.prepared = self._weight = None
 
     def _apply(self, function, recurse=True):
-        self._unfold()
+        self.unfold()
         return super()._apply(function, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is None:
+        if self.packed is None and not self._lender:
             destination[f"{prefix}packed"] = self._weight.blob
 
     def _load_from_state_dict(self, *arguments):
-        self._unfold()
+        self.unfold()
         super()._load_from_state_dict(*arguments)
 
     def __getstate__(self):
-        packed = self.packed if self._weight is None else self._weight.blob
+        packed = self.packed if self._weight is None or self._lender else self._weight.blob
         buffers = {**self._buffers, "packed": packed, "prepared": None}
         return {**self.__dict__, "_buffers": buffers, "_weight": None}
 
 
-class QuantLinear(_Packed):
+class QuantLinear(Packed):
     """A linear layer on a packed weight [out_features, in_features], for inference.
 
     A call takes [..., in_features] in float32, bfloat16 or float16 and returns [..., out_features] in the same dtype.
@@ -90,12 +99,17 @@ class QuantLinear(_Packed):
             return cls(module.in_features, module.out_features, scheme, bias=module.bias is not None)
 
     @classmethod
-    def of(cls, module: nn.Linear, scheme: Scheme, importance: torch.Tensor | None = None) -> "QuantLinear":
-        """The module, packed; `importance` as in `pack`."""
+    def of(
+        cls, module: nn.Linear, scheme: Scheme, importance: torch.Tensor | None = None, lender: Packed | None = None
+    ) -> "QuantLinear":
+        """The module, packed; `importance` as in `pack`. A lender has packed the same weight before."""
         self = cls.like(module, scheme)
-        self._hold(pack(module.weight, scheme, importance=importance))
+        if lender is None:
+            self._hold(pack(module.weight, scheme, importance=importance))
+        else:
+            self.borrow(lender)
         if module.bias is not None:
-            self.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+            self.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
         return self
 
     @property
@@ -109,7 +123,7 @@ class QuantLinear(_Packed):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}"
 
 
-class QuantEmbedding(_Packed):
+class QuantEmbedding(Packed):
     """An embedding table packed row by row: a look-up unpacks the rows that it reads and no others.
 
     Takes integer ids of any shape and returns [..., embedding_dim] in the model's dtype.

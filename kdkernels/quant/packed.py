@@ -41,6 +41,8 @@ class PackedWeight:
     Raises: TypeError or ValueError if the blob is not a packed weight, is of another version, cut off, or damaged.
     """
 
+    _is_hf_initialized = True  # transformers draws no random values for it where it stands for a module's weight
+
     def __init__(self, blob: torch.Tensor, *, prepare: bool = True):
         self.scheme, self.shape = _read_header(blob)
         self.device, self._prepare = blob.device, prepare

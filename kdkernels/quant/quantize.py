@@ -4,13 +4,13 @@ Which scheme a layer gets is decided by `plan` and nowhere else: quantize() foll
 it again on the empty model, from the same few settings in config.json.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import architectures, encoder
+from . import architectures, encoder, tied
 from .importance import mean_squares
 from .modules import QuantEmbedding, QuantLinear
 from .packed import ROW_BY_ROW
@@ -52,8 +52,9 @@ def quantize(
         or skip that no module has, a model that is quantised already or has nothing to quantise.
     """
     settings = settle(model, scheme, bits_per_layer, skip)
-    _pack(model.eval(), settings.layers, progress)
-    return finish(model, settings)
+    shared = tied.find(model, settings.layers)
+    _pack(model.eval(), settings.layers, shared, progress)
+    return finish(model, settings, shared)
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,17 @@ def settle(model: nn.Module, scheme, bits_per_layer, skip) -> Settings:
     return Settings(scheme, own, skip, layers)
 
 
-def finish(model: nn.Module, settings: Settings) -> nn.Module:
-    """Puts the padding-free encoder in front, and tells transformers that the model is quantised."""
+def finish(model: nn.Module, settings: Settings, shared: Collection[str] = ()) -> nn.Module:
+    """Puts the padding-free encoder in front, and tells transformers that the model is quantised; `shared` as in
+    `KdkernelsConfig`.
+    """
     encoder.attach_all(model)
+    tied.forget(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             from .integration import mark  # not before there is a model of transformers: it imports all its quantisers
 
-            mark(module, settings.scheme, settings.own, settings.skip)
+            mark(module, settings.scheme, settings.own, settings.skip, shared)
     return model
 
 
@@ -111,10 +115,10 @@ def plan(model: nn.Module, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequ
         for name in bases
         for table in architectures.position_tables(model.get_submodule(name))
     }
-    table = SMALL_TABLE if scheme.bits < 4 else TABLE
-    layers = {}
+    table = replace(SMALL_TABLE if scheme.bits < 4 else TABLE, activation_bits=scheme.activation_bits)
+    matrices, layers = architectures.read_as_matrices(model), {}
     for name, module in model.named_modules():
-        if any(fits(name, part) for part in skip):
+        if name in matrices or any(fits(name, part) for part in skip):
             continue
         if isinstance(module, nn.Embedding):
             chosen = table if module.num_embeddings in vocabulary else TABLE if name in positions else None
@@ -138,13 +142,21 @@ def lay_out(model: nn.Module, layers: Mapping[str, Scheme]) -> None:
         model.set_submodule(name, kind.like(module, scheme))
 
 
-def _pack(model: nn.Module, layers: Mapping[str, Scheme], progress: Callable[[int, int], None] | None) -> None:
-    """Puts a quantised module in place of each named one."""
+def _pack(
+    model: nn.Module,
+    layers: Mapping[str, Scheme],
+    shared: Mapping[str, str],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Puts a quantised module in place of each named one; heads in `shared` borrow the weight of the table there."""
     linears = [name for name in layers if isinstance(model.get_submodule(name), nn.Linear)]
     importance = mean_squares(model, linears)
-    for done, (name, scheme) in enumerate(layers.items(), 1):
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
+    ordered = sorted(layers, key=lambda name: name in shared)  # tables before who borrows from them
+    for done, name in enumerate(ordered, 1):
+        module, scheme = model.get_submodule(name), layers[name]
+        if name in shared:
+            packed = QuantLinear.of(module, scheme, lender=model.get_submodule(shared[name]))
+        elif isinstance(module, nn.Linear):
             packed = QuantLinear.of(module, scheme, importance.get(name))
         else:
             packed = QuantEmbedding.of(module, scheme)

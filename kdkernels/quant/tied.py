@@ -1,0 +1,51 @@
+"""Vocabulary heads whose weight is the word embedding's: packed once, stored once, and no parameter to tie any more.
+
+transformers names what is tied in `all_tied_weights_keys`, and ties it again wherever a model is loaded. A packed
+weight is no parameter, so its names are taken out of there, and the head borrows from the embedding (modules.py).
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .modules import Packed
+from .scheme import Scheme
+
+_WEIGHT = ".weight"
+
+
+def find(model: nn.Module, layers: Mapping[str, Scheme]) -> dict[str, str]:
+    """{name of a head: name of the embedding} that hold one parameter, and get one scheme in `layers`."""
+    return {
+        head: table
+        for head, table in _declared(model)
+        if head in layers
+        and layers[head] == layers.get(table)
+        and model.get_submodule(head).weight is model.get_submodule(table).weight
+    }
+
+
+def share(model: nn.Module, heads: Collection[str]) -> None:
+    """In a model laid out to be loaded: those of `heads` that it has borrow from their embedding."""
+    for head, table in _declared(model):
+        if any(f".{name}".endswith(f".{head}") for name in heads):
+            model.get_submodule(head).borrow(model.get_submodule(table))
+
+
+def forget(model: nn.Module) -> None:
+    """Takes what is packed out of the names of tied parameters."""
+    for module in model.modules():
+        for target, source in list(getattr(module, "all_tied_weights_keys", {}).items()):
+            ends = (module.get_submodule(name.rpartition(".")[0]) for name in (target, source))
+            if target.endswith(_WEIGHT) and any(isinstance(end, Packed) for end in ends):
+                del module.all_tied_weights_keys[target]
+
+
+def _declared(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name of a head, name of the embedding) wherever a model of transformers says that they are tied."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            for target, source in module.all_tied_weights_keys.items():
+                if target.endswith(_WEIGHT):
+                    yield tuple(f"{prefix}.{end.removesuffix(_WEIGHT)}".removeprefix(".") for end in (target, source))
