@@ -30,15 +30,16 @@ inline int64_t tiles_floats(int64_t lines, int64_t depth, int64_t parts) {
   return bytes / static_cast<int64_t>(sizeof(float));
 }
 
-// Whether the products of this row, or line, are exact to its largest number's rounding.
+// Whether the products of a row, or line, whose largest number this is are exact to that number's rounding.
+inline bool tiles_hold(float largest) { return largest == 0 || largest >= 0x1p-100f; }
+
 inline bool tiles_take(const float* x, int64_t n) {
   vf largest[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
     for (int j = 0; j < 4; ++j) largest[j] = vmax(largest[j], vabs(load(x + i + j * W)));
   for (; i < n; i += W) largest[0] = vmax(largest[0], vabs(load_up_to(x + i, n - i < W ? n - i : W, 0)));
-  const float most = max(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3])));
-  return most == 0 || most >= 0x1p-100f;
+  return tiles_hold(max(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3]))));
 }
 
 // Takes the next part off x, in the upper half of its bits. The first is cut off, since rounding up could make a large number infinite.
@@ -48,35 +49,57 @@ inline vu32 take_part(vf& x, int64_t part) {
   return upper;
 }
 
+inline vf load_floats(const float* p) { return load(p); }
+inline vf load_floats(const Bf16* p) { return load_bf16(&p->bits); }
+inline vf load_floats(const F16* p) { return load_f16(&p->bits); }
+
+template <int kParts, typename T>
+inline void split_tile(const T* x, int64_t stride, int64_t beside, float* tile) {
+  for (int64_t i = 0; i < kTileLines; ++i) {
+    vf a = load_floats(x + i * stride), b = load_floats(x + i * stride + beside);
+#pragma GCC unroll 3
+    for (int part = 0; part < kParts; ++part) {
+      const vu32 low = take_part(a, part), high = take_part(b, part);
+      store(tile + part * kTileLines * W + i * W, reinterpret_cast<vf>(low >> 16 | high));
+    }
+  }
+}
+
 // One tile of every part. Line i is x[i * stride, + 16) and, beside it, the same at distance `beside`, which is 16 for an operand whose
 // lines are rows of x, and 16 * stride for one whose lines are columns. These come out as B; turned they are A. The other way round
 // for rows.
-template <bool kTurned>
-inline void pack_tile(const float* x, int64_t stride, int64_t beside, int64_t parts, char* tile) {
-  alignas(64) float lines[kTileParts][kTileLines * W];  // of tiles that are to be turned
-  for (int64_t i = 0; i < kTileLines; ++i) {
-    vf a = load(x + i * stride), b = load(x + i * stride + beside);
-    for (int64_t part = 0; part < parts; ++part) {
-      const vu32 low = take_part(a, part), high = take_part(b, part);
-      float* out = kTurned ? lines[part] : reinterpret_cast<float*>(tile + part * kTileBytes);
-      store(out + i * W, reinterpret_cast<vf>(low >> 16 | high));
-    }
-  }
-  for (int64_t part = 0; kTurned && part < parts; ++part)
-    transpose_square(lines[part], W, reinterpret_cast<float*>(tile + part * kTileBytes), W);
+template <typename T>
+inline void split_tile(const T* x, int64_t stride, int64_t beside, int64_t parts, char* tile) {
+  float* out = reinterpret_cast<float*>(tile);
+  if (parts == 3) split_tile<3>(x, stride, beside, out);
+  else if (parts == 2) split_tile<2>(x, stride, beside, out);
+  else split_tile<1>(x, stride, beside, out);
+}
+
+inline void turn_tile(const char* tile, int64_t parts, char* turned) {
+  for (int64_t at = 0; at < parts * kTileBytes; at += kTileBytes)
+    transpose_square(reinterpret_cast<const float*>(tile + at), W, reinterpret_cast<float*>(turned + at), W);
+}
+
+template <bool kTurned, typename T>
+inline void pack_tile(const T* x, int64_t stride, int64_t beside, int64_t parts, char* tile) {
+  if (!kTurned) return split_tile(x, stride, beside, parts, tile);
+  alignas(64) char straight[kTileParts * kTileBytes];
+  split_tile(x, stride, beside, parts, straight);
+  turn_tile(straight, parts, tile);
 }
 
 // Rows [line, line + n) of an operand, from a block x of n rows and `columns` columns: K runs along them. n and columns are padded.
-template <bool kTurned>
-inline void pack_rows(const float* x, int64_t stride, int64_t n, int64_t columns, const Tiles& to, int64_t line) {
+template <bool kTurned, typename T>
+inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t columns, const Tiles& to, int64_t line) {
   for (int64_t i = 0; i < n; i += kTileLines)
     for (int64_t k = 0; k < columns; k += kTileDepth)
       pack_tile<kTurned>(x + i * stride + k, stride, kTileLines, to.parts, to.at(line + i, k));
 }
 
 // Steps [k, k + n) of an operand, from a block x of n rows and `columns` columns: its lines are the columns.
-template <bool kTurned>
-inline void pack_columns(const float* x, int64_t stride, int64_t n, int64_t columns, const Tiles& to, int64_t k) {
+template <bool kTurned, typename T>
+inline void pack_columns(const T* x, int64_t stride, int64_t n, int64_t columns, const Tiles& to, int64_t k) {
   for (int64_t i = 0; i < n; i += kTileDepth)
     for (int64_t line = 0; line < columns; line += kTileLines)
       pack_tile<kTurned>(x + i * stride + line, stride, kTileLines * stride, to.parts, to.at(line, k + i));

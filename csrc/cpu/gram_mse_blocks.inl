@@ -13,19 +13,22 @@ struct GramPair {
 };
 
 // The tile of an item; false where there is none: past the last line, or below the diagonal of a symmetric E.
-inline bool gram_pair(const GramMse& op, int64_t item, int64_t block, GramPair& g) {
+inline bool gram_pair(const GramMse& op, int64_t item, GramPair& g) {
   const int64_t round = item / (op.batch * op.blocks), sequence = item / op.blocks % op.batch, block_0 = item % op.blocks;
   const int64_t block_1 = (round + op.blocks - block_0) % op.blocks;
   g.token = op.real + op.first[sequence];
   g.n = op.first[sequence + 1] - op.first[sequence];
-  g.first_0 = block_0 * block;
-  g.first_1 = block_1 * block;
+  g.first_0 = block_0 * op.block;
+  g.first_1 = block_1 * op.block;
   g.diagonal = op.symmetric && block_0 == block_1;
   const int64_t left_0 = (op.over_token ? g.n : op.s0.features) - g.first_0, left_1 = (op.over_token ? g.n : op.s1.features) - g.first_1;
-  g.rows = left_0 < block ? left_0 : block;
-  g.columns = left_1 < block ? left_1 : block;
+  g.rows = left_0 < op.block ? left_0 : op.block;
+  g.columns = left_1 < op.block ? left_1 : op.block;
   return g.n > 0 && g.rows > 0 && g.columns > 0 && !(op.symmetric && block_1 < block_0);
 }
+
+// Of a tile's rows: an odd number of cache lines, so that they spread over cache sets.
+inline int64_t gram_tile_width(const GramMse& op) { return op.block + 16; }
 
 // The deepest that a line gets.
 inline int64_t gram_depth(const GramMse& op, const GramFactor& x) { return op.over_token ? x.features : op.tokens; }

@@ -6,8 +6,11 @@
 // Lines of a block, whole tiles and panels on every ISA: its operands fit into an L2 cache of 2 MiB up to 768 features, and packing them is
 // small beside their product.
 constexpr int64_t kGramBlock = 192;
-constexpr int64_t kGramTileWidth = kGramBlock + 16;  // of a tile's rows: an odd number of cache lines, so that they spread over cache sets
+constexpr int64_t kGramTileWidth = kGramBlock + 16;
+constexpr int64_t kGramSquare = W;  // lines of a square on the diagonal, which is made whole
 static_assert(kGramBlock % kRowPad == 0 && kGramBlock % kPanel == 0);
+
+inline int64_t gram_block(int64_t, int64_t) { return kGramBlock; }
 
 inline int64_t gram_width(int64_t depth) { return round_up(depth, 32) + 16; }
 
@@ -125,8 +128,11 @@ inline bool gram_products(const GramPair& g, float* memory, float* tile, float* 
 }
 
 // factor * E X_1 and factor * E^T X_0, or the former alone on the diagonal, to the gradients, after gram_products.
-inline bool gram_gradients(const GramPair& g, float* memory, const float* e, float factor) {
+inline bool gram_gradients(const GramPair& g, float* memory, float* e, float factor) {
   const GramMse& op = g.op;
+  for (int64_t i = W; g.diagonal && i < g.rows; i += W)
+    for (int64_t j = 0; j < i; j += W)
+      transpose_square(e + j * kGramTileWidth + i, kGramTileWidth, e + i * kGramTileWidth + j, kGramTileWidth);
   GramOperands b;
   gram_operands(op, memory, b);
   const int64_t depth = g.depth(op.s0), across = round_up(depth, W);

@@ -99,7 +99,7 @@ const Table table = {
     .hidden_cosine_backward = hidden_cosine_backward,
     .moment_forward = moment_forward,
     .moment_backward = moment_backward,
-    .gram_block = kGramBlock,
+    .gram_block = gram_block,
     .gram_scratch = gram_scratch,
     .gram_tile = gram_tile,
 };

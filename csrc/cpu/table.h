@@ -80,9 +80,9 @@ struct Table {
   void (*moment_forward)(const MomentMse&, int64_t item, float* scratch);
   void (*moment_backward)(const MomentMse&, int64_t item, float* scratch);
 
-  // One item = what one block of gram_block rows meets in one round, item = (round * batch + sequence) * blocks + block; a round at a
+  // One item = what one block of op.block lines meets in one round, item = (round * batch + sequence) * blocks + block; a round at a
   // time. Subject to `exact`.
-  int64_t gram_block;
+  int64_t (*gram_block)(int64_t batch, int64_t lines);  // the lines of a block; lines: of the longest sequence
   int64_t (*gram_scratch)(const GramMse&);
   void (*gram_tile)(const GramMse&, int64_t item, float* scratch);
 };

@@ -17,7 +17,7 @@ struct GramMse {
   bool over_token, symmetric;  // symmetric: s1 is s0 and t1 is t0
   const int64_t* real;         // [first[batch]] which of the batch * tokens are real, in order
   const int64_t* first;        // [batch + 1] where a sequence starts in `real`
-  int64_t batch, blocks;       // blocks: of rows of the longer factor
+  int64_t batch, block, blocks;  // lines of a block, and blocks of the longer factor
   double weight;               // d(loss) / d(sum of squares)
   double* partial;             // [blocks (rounds), batch, blocks]: sums of squares
 

@@ -16,7 +16,8 @@ GramFactor gram_factor(const Tensor& x, const char* name, const Tensor& first) {
 // The loss, and gradients in `saved` where wanted.
 double run_gram(const cpu::Table& kernels, GramMse op, int64_t lines, const std::vector<Tensor>& saved) {
   for (const Tensor& sum : saved) std::memset(sum.mutable_data_ptr(), 0, sum.numel() * sizeof(float));
-  op.blocks = (lines + kernels.gram_block - 1) / kernels.gram_block;
+  op.block = kernels.gram_block(op.batch, lines);
+  op.blocks = (lines + op.block - 1) / op.block;
   const int64_t items = op.batch * op.blocks;
   std::vector<double> partial(op.blocks * items);
   op.partial = partial.data();

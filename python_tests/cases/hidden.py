@@ -131,6 +131,10 @@ GRAM_MSE = [
     gram("hidden_blocks", "more blocks of one factor than of the other", 9, 12, d_s1=260, d_t1=260, over="hidden"),
     gram("token_widths", "student and teacher of unlike width", d_s=26, d_t=64, mask=(41, 9), over="token"),
     gram("token_widths_same", "the same, symmetric", d_s=26, d_t=64, same=True, over="token"),
+    gram("token_whole", "so many sequences that each is a block", 290, 12, 40, batch=8, same=True, over="token"),
+    gram("token_whole_two", "the same of two layers, with holes", 270, 12, batch=8, mask="holes", over="token"),
+    gram("token_deep", "more features than are packed at once", 40, 420, 140, same=True, over="token"),
+    gram("hidden_deep", "more tokens than are packed at once", 420, 12, mask="holes", over="hidden"),
 ]
 
 CPU = [
