@@ -9,7 +9,7 @@ import torch
 from kdkernels.ops.quant_linear import ACTIVATION
 from kdkernels.quant import Scheme
 from kdkernels.quant.architectures import Block
-from kdkernels.quant.encoder import fuses, run_block, run_blocks
+from kdkernels.quant.encoder import run_block, run_blocks, why_not_fused
 from kdkernels.quant.modules import QuantLinear
 
 from .test_guard_pages import beside_a_guard
@@ -84,7 +84,7 @@ def check_values() -> None:
     for scheme in SCHEMES:
         for shape in SHAPES:
             x, cumulative, blocks, config = draw(shape, scheme, 1)
-            assert fuses(x, blocks, config)
+            assert not why_not_fused(x, blocks, config)
             (got,) = run_blocks(x, cumulative, blocks, config, False)
             expected = run_block(x, cumulative, blocks[0], config, torch.bfloat16)
             assert got.shape == expected.shape
@@ -153,12 +153,12 @@ def test_threads_do_not_show(lengths):
 def test_what_it_does_not_take_runs_call_by_call():
     for scheme in (Scheme(activation_bits=None), Scheme(8, "in", 16)):
         x, _, blocks, config = draw(SHAPES[0], scheme)
-        assert not fuses(x, blocks, config)
+        assert why_not_fused(x, blocks, config)
     x, _, blocks, config = draw(SHAPES[0])
-    assert fuses(x, blocks, config)
-    assert not fuses(x.double(), blocks, config) and not fuses(x.bfloat16(), blocks, config)
+    assert not why_not_fused(x, blocks, config)
+    assert why_not_fused(x.double(), blocks, config) and why_not_fused(x.bfloat16(), blocks, config)
     blocks[1].up.bias = None
-    assert not fuses(x, blocks, config)
+    assert why_not_fused(x, blocks, config)
 
 
 def test_a_gradient_is_refused():

@@ -1,6 +1,7 @@
 """kdkernels.quantize: every architecture on packed tokens gives what its padded forward gives on the same weights."""
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -10,7 +11,7 @@ import transformers
 
 import kdkernels
 from kdkernels.quant import Scheme, architectures
-from kdkernels.quant.encoder import PaddingFree, fuses
+from kdkernels.quant.encoder import PaddingFree, why_not_fused
 from kdkernels.quant.modules import QuantEmbedding, QuantLinear
 from kdkernels.quant.quantize import lay_out, plan
 from kdkernels.quant.scheme import as_scheme
@@ -63,7 +64,7 @@ def batch(config, lengths=LENGTHS, seed=0):
 def round_between(base) -> list:
     """Hooks that round what travels within a block as the fused one does: queries, keys, values, context and inner."""
     hooks, blocks = [], architectures.blocks(base)
-    if not fuses(torch.zeros(0), blocks, base.config):
+    if why_not_fused(torch.zeros(0), blocks, base.config):
         return hooks
     for module in {part for block in blocks for part in (block.query, block.key, block.value)}:
         hooks.append(module.register_forward_hook(lambda _module, _given, out: out.bfloat16().float()))
@@ -267,6 +268,46 @@ class TestForward:
             given = {**inputs, **given}
             got, expected = model(**given).last_hidden_state, padded(model, given).last_hidden_state
             assert_alike(got[real], expected[real], WEIGHT_ONLY)
+
+    @torch.no_grad()
+    def test_arguments_by_position(self, model, inputs):
+        types = (torch.arange(17) > 5).long().expand(4, -1)
+        named = model(**inputs, token_type_ids=types)
+        by_position = model(inputs["input_ids"], inputs["attention_mask"], types)
+        assert torch.equal(by_position.last_hidden_state, named.last_hidden_state)
+        own = inspect.signature(transformers.BertModel.forward).parameters
+        assert list(inspect.signature(model.forward).parameters) == [name for name in own if name != "self"]
+        with pytest.raises(TypeError, match="multiple values for argument 'attention_mask'"):
+            model(inputs["input_ids"], inputs["attention_mask"], attention_mask=None)
+
+    @torch.no_grad()
+    def test_a_mask_for_all_texts(self, model, inputs):
+        mask = inputs["attention_mask"][:1]
+        got = model(inputs["input_ids"], mask).last_hidden_state
+        expected = model(inputs["input_ids"], mask.expand(4, -1)).last_hidden_state
+        assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize("shape", [(4, 16), (3, 17)])
+    @torch.no_grad()
+    def test_a_mask_of_another_shape_is_an_error(self, model, inputs, shape):
+        mask = torch.ones(shape, dtype=torch.int64)
+        mask[0, -1] = 0
+        with pytest.raises((RuntimeError, IndexError), match="size"):
+            model(inputs["input_ids"], mask)
+
+    @pytest.mark.parametrize("wrong", [-1, 120])
+    @torch.no_grad()
+    def test_an_id_that_is_no_word_is_an_error(self, model, inputs, wrong):
+        ids = inputs["input_ids"].clone()
+        ids[0, 3] = wrong
+        with pytest.raises(IndexError, match="out of range"):
+            model(ids)
+
+    def test_explain_says_which_calls_are_not_packed(self, model):
+        said = kdkernels.explain(model)[""]
+        assert "call by call, since activations are not quantised" in said
+        assert "for an attention_mask that is not [batch, tokens], output_attentions" in said
+        assert "blocks all in one call" in kdkernels.explain(kdkernels.quantize(tiny("bert")))[""]
 
     def test_both_inputs_are_an_error(self, model, inputs):
         with pytest.raises(ValueError, match="input_ids"), torch.no_grad():

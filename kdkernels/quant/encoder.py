@@ -2,11 +2,12 @@
 
 A supported base model (architectures.py) gets the class `PaddingFree` in front of its own. Its forward packs the real
 tokens [T, D], runs the blocks on them, and lays the result back into [B, N, D] with zeros at padding, so that every
-head of transformers works on it as before. What it can't do (attention maps as output, training, a mask that is not
-[batch, tokens]) goes through the model's own forward, on the same quantised linears.
+head of transformers works on it as before. What it can't do (NOT_PACKED) goes through the model's own forward, on the
+same quantised linears.
 """
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,19 @@ from .linear import linear, refuse_gradient
 from .modules import QuantLinear
 
 # What the packed forward understands; anything else that is given and not None or False asks for the model's own.
-_PLAIN = {"token_type_ids", "position_ids", "inputs_embeds", "return_dict", "output_hidden_states"}
+_PLAIN = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+    "return_dict",
+    "output_hidden_states",
+}
+NOT_PACKED = (
+    "an attention_mask that is not [batch, tokens], output_attentions, any argument but "
+    f"{', '.join(sorted(_PLAIN))}, and training mode"
+)
 
 
 def why_not(base: nn.Module) -> str:
@@ -41,8 +54,19 @@ def attach(base: nn.Module) -> None:
 
 @functools.cache
 def _padding_free(own: type) -> type:
-    """`PaddingFree` in front of a class, under its name: save_pretrained writes that into config.json."""
-    return type(own.__name__, (PaddingFree, own), {"__module__": own.__module__})
+    """`PaddingFree` in front of a class, under its name: save_pretrained writes that into config.json.
+
+    Its forward has the signature of the class's own, from which sentence-transformers, for one, learns what to give.
+    """
+    names = tuple(inspect.signature(own.forward).parameters)[1:]
+
+    @functools.wraps(own.forward)
+    def forward(self, *values, **given):
+        if twice := given.keys() & set(names[: len(values)]):
+            raise TypeError(f"{own.__name__}.forward() got multiple values for argument {min(twice)!r}")
+        return self.encode(**dict(zip(names, values, strict=False)), **given)
+
+    return type(own.__name__, (PaddingFree, own), {"__module__": own.__module__, "forward": forward})
 
 
 def _restore(own: type) -> nn.Module:
@@ -79,7 +103,7 @@ class PackedTokens:
             bounds = {"dtype": torch.int32, "device": like.device}
             self.cumulative = torch.arange(0, batch * length + 1, max(length, 1), **bounds)
             return
-        real = mask.bool()
+        real = mask.bool().expand(self.shape)
         self.cumulative = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         real = real.flatten()
         if keeps_room(like.device):
@@ -109,7 +133,8 @@ class PackedTokens:
 class PaddingFree:
     """In front of a base model's own class: its forward on packed tokens."""
 
-    def forward(self, input_ids=None, attention_mask=None, **given):
+    def encode(self, input_ids=None, attention_mask=None, **given):
+        """What the class's own forward gives for these arguments."""
         if not self._runs_packed(input_ids, attention_mask, given):
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **given)
         embeds = given.get("inputs_embeds")
@@ -134,9 +159,11 @@ class PaddingFree:
 
     def _runs_packed(self, input_ids, attention_mask, given: dict) -> bool:
         extra = any(value is not None and value is not False for name, value in given.items() if name not in _PLAIN)
-        one_input = (input_ids is None) != (given.get("inputs_embeds") is None)
-        flat_mask = attention_mask is None or attention_mask.dim() == 2
-        return one_input and flat_mask and not extra and not self.training and not self.config.output_attentions
+        embeds = given.get("inputs_embeds")
+        if extra or self.training or self.config.output_attentions or (input_ids is None) == (embeds is None):
+            return False
+        batch, length = (input_ids if embeds is None else embeds).shape[:2]
+        return attention_mask is None or tuple(attention_mask.shape) in ((batch, length), (1, length))
 
     def _embed(self, tokens: PackedTokens, ids, embeds, token_types, positions) -> torch.Tensor:
         """[T, D]: the model's own embeddings, on the real tokens as one sequence."""
@@ -153,7 +180,7 @@ class PaddingFree:
 
 def run_blocks(x: torch.Tensor, cumulative: torch.Tensor, blocks: list, config, keep_all: bool) -> list[torch.Tensor]:
     """The blocks on packed tokens [T, D]: the state behind each of them, or behind the last."""
-    if not fuses(x, blocks, config):
+    if why_not_fused(x, blocks, config):
         states = []
         for block in blocks:
             x = run_block(x, cumulative, block, config)
@@ -179,25 +206,31 @@ def run_blocks(x: torch.Tensor, cumulative: torch.Tensor, blocks: list, config, 
 _FUSED_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
 
-def fuses(x: torch.Tensor, blocks: list[architectures.Block], config) -> bool:
-    """Whether one call of the kernels can run the blocks: 8-bit activations whose codes the projections share."""
-    dtypes = _FUSED_DTYPES.get(x.device.type, ())
-    if x.dtype not in dtypes or not blocks or not serves("encoder", x.device):
-        return False
-    if x.device.type == "cuda" and blocks[0].query.out_features > config.num_attention_heads * CUDA_HEAD_SIZE:
-        return False
+def why_not_fused(x: torch.Tensor, blocks: list[architectures.Block], config) -> str:
+    """Why one call of the kernels can't run the blocks on x, and they run call by call; empty if it can."""
+    dtypes, device = _FUSED_DTYPES.get(x.device.type, ()), x.device.type
+    if not blocks:
+        return "there are none"
+    if not serves("encoder", x.device):
+        return f"no kernel serves {device} here"
+    if x.dtype not in dtypes:
+        return f"activations are {x.dtype}, not {' or '.join(map(str, dtypes))}"
+    if device == "cuda" and blocks[0].query.out_features > config.num_attention_heads * CUDA_HEAD_SIZE:
+        return f"heads have more than {CUDA_HEAD_SIZE} features"
     eps = blocks[0].output_norm.eps
     for block in blocks:
         scheme = block.query.scheme
         if block.key.scheme != scheme or block.value.scheme != scheme:
-            return False
+            return "queries, keys and values have several schemes"
         for part in block.linears:
-            if part.scheme.activation_bits != 8 or part.scheme.group == "in" or part.bias is None:
-                return False
+            if part.scheme.activation_bits != 8 or part.scheme.group == "in":
+                return "activations are not quantised" if part.scheme.activation_bits != 8 else "groups are columns"
+            if part.bias is None:
+                return "a linear has no bias"
         for norm in (block.attention_norm, block.output_norm):
             if norm.eps != eps or norm.bias is None or norm.weight.dtype not in dtypes:
-                return False
-    return True
+                return "its norms differ in eps, have no bias or another dtype"
+    return ""
 
 
 def run_block(

@@ -90,7 +90,10 @@ class PackedWeight:
             raise ValueError(f"rows needs a scheme whose group is one of {ROW_BY_ROW}, got {self.scheme}")
         flat = ids.flatten()
         stored = self._stored
-        chosen = {name: None if part is None else part.view(self.shape[0], -1)[flat] for name, part in stored.items()}
+        chosen = {  # index_select takes no negative ids, which an index would count from the end
+            name: None if part is None else part.view(self.shape[0], -1).index_select(0, flat)
+            for name, part in stored.items()
+        }
         if self.scheme.bits == 8 and self.scheme.symmetric and self.scheme.group == "channel":
             codes = chosen["codes"].bitwise_xor_(128).view(torch.int8)[:, : self.shape[1]]
             return codes.to(torch.float32).mul_(chosen["scales"]).view(*ids.shape, self.shape[1])

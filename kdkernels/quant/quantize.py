@@ -7,6 +7,7 @@ it again on the empty model, from the same few settings in config.json.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -170,7 +171,7 @@ def explain(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, encoder.PaddingFree):
-            found[name] = f"{type(module).__name__}: padding-free encoder on packed tokens"
+            found[name] = _explain_packed(module)
         elif architectures.is_base(module):
             found[name] = f"{type(module).__name__}: layer by layer, since {encoder.why_not(module)}"
         elif isinstance(module, QuantLinear):
@@ -178,6 +179,18 @@ def explain(model: nn.Module) -> dict[str, str]:
         elif isinstance(module, nn.Linear):
             found[name] = f"torch linear, {str(module.weight.dtype).removeprefix('torch.')}: not quantised"
     return found
+
+
+def _explain_packed(base: nn.Module) -> str:
+    x = torch.empty(0, dtype=base.dtype, device=base.device)
+    reason = encoder.why_not_fused(x, architectures.blocks(base), base.config)
+    how = f"call by call, since {reason}" if reason else "all in one call"
+    if base.config.output_attentions:
+        return f"{type(base).__name__}: layer by layer, since its config sets output_attentions"
+    return (
+        f"{type(base).__name__}: padding-free encoder on packed tokens, blocks {how}; layer by layer on all tokens, "
+        f"padding too, for {encoder.NOT_PACKED}"
+    )
 
 
 def inside(name: str, base: str) -> bool:
