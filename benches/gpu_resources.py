@@ -256,9 +256,9 @@ def _dynamic_shared(name: str, variant: str) -> int:
     """Bytes that a launch adds; the binary does not say."""
     shape = re.sub(r"Shape<(.*)>", r"\1", variant).split(", ")  # kSharedBytes of the sources
     if name == "quant_linear::multiply_rows":
-        bits, m, n = map(int, shape[:3])
+        bits, m, n, groups = map(int, shape[:4])
         tile = 64 * 64 * bits // 8 + (128 if bits < 8 else 0)
-        return max(4 * (m * 64 + n // 64 * tile), m * (n + 8) * 4)
+        return groups * max(4 * (m * 64 + n // 64 * tile), m * (n + 8) * 4)
     if name == "quant_few_rows::multiply":
         return 4 * 16 * int(shape[3]) * (64 + 8) * 4
     return 4 * 64 * (2 * int(shape[1]) + 16) if name == "varlen_attention::attend" else 0

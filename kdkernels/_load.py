@@ -5,6 +5,7 @@ library is part of every build. The CUDA library is built where nvcc was found; 
 """
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ _TRITON_FAMILIES = (
     "topk_kd_loss",
 )
 _ON_KD_LOSS = ("topk_kd_loss",)  # which call kd_loss, on CUDA its CUDA C++
+_PRODUCTS = "KDKERNELS_CUDA_PRODUCTS"
+_NEWEST = 9  # the compute capability up to which products of 8-bit integers are written; above, tensor cores are others
 
 
 def _library(name: str) -> Path | None:
@@ -75,6 +78,23 @@ def serves(family: str, device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and not _MISSING_ON_CUDA[family])
 
 
+def unpacks(device: torch.device) -> str:
+    """Why products with quantised weights are torch's, of weights unpacked to bf16 and of activations as they are;
+    empty where the kernels multiply with packed weights.
+
+    The environment's KDKERNELS_CUDA_PRODUCTS, "int8" or "bf16", decides where it is set. RuntimeError if it is neither.
+    """
+    if device.type != "cuda":
+        return ""
+    forced = os.environ.get(_PRODUCTS, "")
+    if forced not in ("", "int8", "bf16"):
+        raise RuntimeError(f'{_PRODUCTS} must be "int8" or "bf16", got "{forced}"')
+    if forced:
+        return f"{_PRODUCTS}=bf16" if forced == "bf16" else ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"compute capability {major}.{minor}, above sm_90a" if major > _NEWEST else ""
+
+
 def explain(model: torch.nn.Module | None = None) -> dict:
     """Which implementation serves each op on each device and why: {op: {device: text}}.
 
@@ -89,6 +109,9 @@ def explain(model: torch.nn.Module | None = None) -> dict:
     def on_cuda(family: str) -> str:
         if missing := _MISSING_ON_CUDA[family]:
             return f"reference (torch): {missing}"
+        if family in ("encoder", "quant_linear") and torch.cuda.is_available():
+            if why := unpacks(torch.device("cuda", torch.cuda.current_device())):
+                return f"torch's bf16 products of unpacked weights: {why}"
         return "Triton" if family in _TRITON_FAMILIES else "CUDA C++"
 
     isa = f"C++ {_native.isa()} ({_native.isa_reason()})"

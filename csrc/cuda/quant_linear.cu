@@ -8,7 +8,14 @@
 // The sums then cross shared memory, so that scales, bias, activation and residual are applied where a thread has 8 neighbouring columns:
 // 16-byte reads and writes.
 //
+// Where rows are few, tiles are small and kGroups groups of 4 warps take turns at the tiles of columns; their sums, integers, are added
+// where they cross shared memory, the same bits in any order. A second kernel, or counters in memory, would cost a launch each.
+//
 // 4096 x 3072 x 768 are 19.3 G operations, 9.8 us at the 1979 TOPS of an H200; reading and writing, 31 MB in bf16, are 6.4 us.
+// 128 rows of BERT-base on its 132 multiprocessors, at 64 bytes a clock of each from the second-level cache, and 1 us until the first
+// bytes come; in brackets what 64 x 64 without groups would take, a tile of columns every 300 clocks:
+//   3 x 768 x 768   144 blocks, 3 turns, 74 KB each, 2.3 us (3.1)      3072 x 768      192 blocks, 3 turns, 74 KB, 2.3 us (3.1)
+//   768 x 768        48 blocks, 3 turns, 74 KB each, 1.7 us (3.1)      768 x 3072       48 blocks, 12 turns, 295 KB, 3.6 us (9.2)
 #include "quant_linear.h"
 
 #include "epilogue.h"
@@ -19,20 +26,23 @@
 namespace kd::cuda {
 namespace {
 
-constexpr int kStages = 4, kThreads = 128, kChunkBytes = 16;
-constexpr int kFewBlocks = 128;  // below that many, large tiles leave multiprocessors idle
+constexpr int kStages = 4, kGroupThreads = 128, kChunkBytes = 16;
+constexpr int kFewBlocks = 128;  // below that many, larger tiles leave multiprocessors idle
 
 // kSegments: scales change along the columns, so that sums are scaled and added up in fp32 as they come.
-template <int kBits_, int kM_, int kN_, bool kSegments_ = false>
+template <int kBits_, int kM_, int kN_, int kGroups_ = 1, bool kSegments_ = false>
 struct Shape {
-  static constexpr int kBits = kBits_, kM = kM_, kN = kN_;
+  static constexpr int kBits = kBits_, kM = kM_, kN = kN_, kGroups = kGroups_, kThreads = kGroups * kGroupThreads;
   static constexpr bool kSegments = kSegments_;
   static constexpr int kFragmentsM = kM / 32, kFragmentsN = kN / 16;  // 16 x 8 each, of a warp
   static constexpr int kPanels = kN / kPanelRows;
-  static constexpr int kStageBytes = kM * kTileColumns + kPanels * kTileBytes<kBits>;
+  static constexpr int kBlocks = kM == 64 ? (kSegments ? 3 : 5) : 2;  // that a multiprocessor shall hold, by their registers
+  static constexpr int kStageBytes = kM * kTileColumns + kPanels * kTileBytes<kBits>;  // of a group
   static constexpr int kSumStride = kN + 8;  // rows of sums 8 banks apart: the lanes of a fragment meet none twice
-  static constexpr int kSumBytes = kM * kSumStride * 4;
-  static constexpr int kSharedBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+  static constexpr int kGroupSums = kM * kSumStride;
+  static constexpr int kGroupBytes = kStages * kStageBytes > kGroupSums * 4 ? kStages * kStageBytes : kGroupSums * 4;
+  static constexpr int kSharedBytes = kGroups * kGroupBytes;
+  static_assert(kGroups == 1 || !kSegments);
 };
 
 // Where a 16-byte chunk of a row of 64 bytes lies.
@@ -49,6 +59,7 @@ template <class S>
 struct Place {
   int64_t rows;  // of x that count
   int64_t row, panel;
+  int warps, of_warps;      // the group of 4 warps, and the thread's number in it
   int lane, group, thread;  // as the fragments of mma.h have it
   int warp_m, warp_n;
 
@@ -56,20 +67,22 @@ struct Place {
     const int64_t row_blocks = (op.rows + S::kM - 1) / S::kM;
     row = block % row_blocks * S::kM;
     panel = block / row_blocks * S::kPanels;
+    warps = S::kGroups == 1 ? 0 : threadIdx.x / kGroupThreads;
+    of_warps = threadIdx.x % kGroupThreads;
     lane = threadIdx.x % 32;
     group = lane / 4;
     thread = lane % 4;
-    warp_m = threadIdx.x / 64 * (S::kM / 2);
-    warp_n = threadIdx.x / 32 % 2 * (S::kN / 2);
+    warp_m = of_warps / 64 * (S::kM / 2);
+    warp_n = of_warps / 32 % 2 * (S::kN / 2);
   }
 };
 
 // Starts the copies of one tile of columns. Rows and panels behind the last read the last once more: their sums go nowhere.
 template <class S>
-__device__ void load_tile(const QuantLinear& op, const Place<S>& at, int64_t tile, char* stage) {
+__device__ void load_tile(const QuantLinear& op, const Place<S>& at, int tile, char* stage) {
   const QuantWeights& w = op.weights;
 #pragma unroll
-  for (int i = threadIdx.x; i < S::kM * 4; i += kThreads) {
+  for (int i = at.of_warps; i < S::kM * 4; i += kGroupThreads) {
     const int64_t row = at.row + i / 4 < at.rows ? at.row + i / 4 : at.rows - 1;
     cp_async(stage + swizzled(i / 4, i % 4), op.a + row * w.depth + tile * kTileColumns + i % 4 * kChunkBytes);
   }
@@ -79,7 +92,7 @@ __device__ void load_tile(const QuantLinear& op, const Place<S>& at, int64_t til
     const int64_t panel = at.panel + p < w.panels ? at.panel + p : w.panels - 1;
     const uint8_t* from = w.codes + (panel * (w.depth / kTileColumns) + tile) * kTileBytes<S::kBits>;
 #pragma unroll
-    for (int i = threadIdx.x * kChunkBytes; i < kTileBytes<S::kBits>; i += kThreads * kChunkBytes) cp_async(to + i, from + i);
+    for (int i = at.of_warps * kChunkBytes; i < kTileBytes<S::kBits>; i += kGroupThreads * kChunkBytes) cp_async(to + i, from + i);
   }
 }
 
@@ -170,7 +183,7 @@ __device__ void end_segment(const QuantLinear& op, const Place<S>& at, int64_t s
   }
 }
 
-// A thread's sums to their places among the block's.
+// A thread's sums to their places among its group's.
 template <class S, class T>
 __device__ void stage_sums(const Place<S>& at, const Sums<S, T>& sums, T* staged) {
 #pragma unroll
@@ -186,46 +199,54 @@ __device__ void stage_sums(const Place<S>& at, const Sums<S, T>& sums, T* staged
   }
 }
 
-// The block's sums to the output.
+// The block's sums, those of all groups, to the output.
 template <class S, class T>
-__device__ void finish(const QuantLinear& op, const Place<S>& at, const T* staged) {
-  for (int i = threadIdx.x; i < S::kM * S::kN / kChunk; i += kThreads) {
+__device__ void finish(const QuantLinear& op, const Place<S>& at, const char* shared) {
+  for (int i = threadIdx.x; i < S::kM * S::kN / kChunk; i += S::kThreads) {
     const int m = i / (S::kN / kChunk), n = i % (S::kN / kChunk) * kChunk;
     const int64_t row = at.row + m, column = at.panel * kPanelRows + n;
     if (row >= at.rows || column >= op.weights.rows) continue;
-    T sums[kChunk];
+    T sums[kChunk] = {};
 #pragma unroll
-    for (int k = 0; k < kChunk; ++k) sums[k] = staged[m * S::kSumStride + n + k];
+    for (int group = 0; group < S::kGroups; ++group) {
+      const T* staged = reinterpret_cast<const T*>(shared + group * S::kGroupBytes) + m * S::kSumStride + n;
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) sums[k] += load_shared<T>(staged + k);
+    }
     write_outputs(op, row, column, sums);
   }
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) multiply_rows(const __grid_constant__ Products products) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) multiply_rows(const __grid_constant__ Products products) {
   char* shared = dynamic_shared();
   const QuantLinear& op = products.of[blockIdx.x / products.blocks];
   const Place<S> at(op, blockIdx.x % products.blocks);
   if (at.row >= at.rows) return;
-  const int64_t tiles = op.weights.depth / kTileColumns;
-  const auto stage = [&](int64_t tile) { return shared + tile % kStages * S::kStageBytes; };
-#pragma unroll
-  for (int tile = 0; tile < kStages - 1; ++tile) {
-    if (tile < tiles) load_tile(op, at, tile, stage(tile));
+  const int tiles = static_cast<int>(op.weights.depth / kTileColumns), turns = (tiles + S::kGroups - 1) / S::kGroups;
+  char* own = shared + at.warps * S::kGroupBytes;
+  const auto stage = [&](int turn) { return own + turn % kStages * S::kStageBytes; };
+  const auto load = [&](int turn) {
+    const int tile = turn * S::kGroups + at.warps;
+    if (tile < tiles) load_tile(op, at, tile, stage(turn));
     cp_async_commit();
-  }
+  };
+#pragma unroll
+  for (int turn = 0; turn < kStages - 1; ++turn) load(turn);
   Sums<S, int32_t> sums = {};
   Sums<S, float> total = {};
-  int64_t segment = 0;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
+  int segment = 0;
+  for (int turn = 0; turn < turns; ++turn) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // this tile has arrived for all, and all have read the one whose place the next takes
-    if (tile + kStages - 1 < tiles) load_tile(op, at, tile + kStages - 1, stage(tile + kStages - 1));
-    cp_async_commit();
+    __syncthreads();  // this turn's tiles have arrived for all, and all have read those whose places the next take
+    load(turn + kStages - 1);
+    const int tile = turn * S::kGroups + at.warps;
+    if (tile >= tiles) continue;  // the last turn may not have tiles for all
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      multiply(at, stage(tile), half, sums);
+      multiply(at, stage(turn), half, sums);
       if constexpr (S::kSegments) {
-        const int64_t done = tile * kTileColumns + (half + 1) * kCodeRun;
+        const int done = tile * kTileColumns + (half + 1) * static_cast<int>(kCodeRun);
         if (done % op.weights.segment == 0 && segment < op.weights.segments) end_segment(op, at, segment++, sums, total);
       }
     }
@@ -236,13 +257,13 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(const __grid_constant_
   cp_async_wait<0>();
   __syncthreads();
   if constexpr (S::kSegments) {
-    stage_sums(at, total, reinterpret_cast<float*>(shared));
+    stage_sums(at, total, reinterpret_cast<float*>(own));
     __syncthreads();
-    finish(op, at, reinterpret_cast<const float*>(shared));
+    finish<S, float>(op, at, shared);
   } else {
-    stage_sums(at, sums, reinterpret_cast<int32_t*>(shared));
+    stage_sums(at, sums, reinterpret_cast<int32_t*>(own));
     __syncthreads();
-    finish(op, at, reinterpret_cast<const int32_t*>(shared));
+    finish<S, int32_t>(op, at, shared);
   }
 }
 
@@ -257,20 +278,23 @@ int run(const QuantLinear* ops, int count, void* stream) {
   if (each * count > INT32_MAX) return cudaErrorInvalidValue;
   Products products = {{}, static_cast<unsigned>(each)};
   for (int i = 0; i < count; ++i) products.of[i] = ops[i];
-  return launch_shared(multiply_rows<S>, each * count, kThreads, S::kSharedBytes, stream, products);
+  return launch_shared(multiply_rows<S>, each * count, S::kThreads, S::kSharedBytes, stream, products);
 }
 
 template <int kBits>
 int run_bits(const QuantLinear* ops, int count, void* stream) {
   using Large = Shape<kBits, 128, 128>;
-  return blocks<Large>(ops[0]) * count < kFewBlocks ? run<Shape<kBits, 64, 64>>(ops, count, stream) : run<Large>(ops, count, stream);
+  using Middle = Shape<kBits, 64, 64>;
+  if (blocks<Large>(ops[0]) * count >= kFewBlocks) return run<Large>(ops, count, stream);
+  if (blocks<Middle>(ops[0]) * count >= kFewBlocks) return run<Middle>(ops, count, stream);
+  return run<Shape<kBits, 32, 64, 4>>(ops, count, stream);
 }
 
 }  // namespace
 
 int quant_linear(const QuantLinear* ops, int count, void* stream) {
   if (ops[0].rows == 0) return cudaSuccess;
-  if (ops[0].weights.segments > 1) return run<Shape<8, 64, 64, true>>(ops, count, stream);
+  if (ops[0].weights.segments > 1) return run<Shape<8, 64, 64, 1, true>>(ops, count, stream);
   switch (ops[0].weights.bits) {
     case 8: return run_bits<8>(ops, count, stream);
     case 4: return run_bits<4>(ops, count, stream);

@@ -227,6 +227,8 @@ def why_not_fused(x: torch.Tensor, blocks: list[architectures.Block], config) ->
                 return "activations are not quantised" if part.scheme.activation_bits != 8 else "groups are columns"
             if part.bias is None:
                 return "a linear has no bias"
+            if part.weight.prepared is None:
+                return "products are torch's, of unpacked weights"
         for norm in (block.attention_norm, block.output_norm):
             if norm.eps != eps or norm.bias is None or norm.weight.dtype not in dtypes:
                 return "its norms differ in eps, have no bias or another dtype"

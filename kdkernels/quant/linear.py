@@ -1,9 +1,11 @@
 """`linear`: a linear layer whose weight is packed."""
 
 import torch
+import torch.nn.functional as F
 
 from .. import _checks, reference
 from ..ops.quant_linear import ACTIVATION
+from ..reference.quant_linear import ACTIVATIONS
 from .packed import PackedWeight
 
 
@@ -11,7 +13,9 @@ def linear(x, packed, bias=None, *, activation=None, residual=None, input_scale=
     """activation(x W^T + bias) + residual, for inference.
 
     With 8-bit activations each row of x is quantised by its own largest magnitude, and products add up exactly in
-    int32; weight-only schemes multiply in float32. NaN and Inf in a row stay in that row, as in a float layer.
+    int32; weight-only schemes multiply in float32. NaN and Inf in a row stay in that row, as in a float layer. On a GPU
+    above sm_90a, or where KDKERNELS_CUDA_PRODUCTS=bf16 asks for it, products are torch's of weights and activations
+    rounded to bfloat16, and input_scale is not needed (`kdkernels.explain` says so).
 
     Args:
         x: [..., in features], float32, bfloat16 or float16; any strides. float64 is served by the reference.
@@ -34,6 +38,8 @@ def linear(x, packed, bias=None, *, activation=None, residual=None, input_scale=
         input_scale = _checks.number("input_scale", input_scale, above=0)
         if weight_only:
             raise ValueError("input_scale needs a scheme with activation_bits=8; this weight's is weight-only")
+    if packed.unpacked is not None and x.dtype != torch.float64:
+        return _of_unpacked(x, packed.unpacked, bias, activation, residual)
     if packed.prepared is None or x.dtype == torch.float64:
         y = reference.quant_linear(x, packed, bias, activation=activation, residual=residual, input_scale=input_scale)
         return y.to(x.dtype)
@@ -52,6 +58,13 @@ def linear(x, packed, bias=None, *, activation=None, residual=None, input_scale=
         packed.layout,
     )
     return y.unflatten(0, x.shape[:-2]) if x.dim() > 3 else y
+
+
+def _of_unpacked(x, weight, bias, activation, residual):
+    """torch's product in the weight's dtype; what follows in float32."""
+    y = F.linear(x.to(weight.dtype), weight).float()
+    y = ACTIVATIONS[activation](y if bias is None else y + bias)
+    return (y if residual is None else y + residual).to(x.dtype)
 
 
 def _check(x, packed: PackedWeight, bias, residual) -> None:

@@ -32,7 +32,8 @@ class PackedWeight:
     """A weight [out features, in features] in 8 to 2 bits.
 
     It is kept once: as the kernels of its device read it (`prepared`), or where none do, as `blob`. The CPU's kernels
-    lose nothing, so there `blob` is made again for whoever asks. Immutable: threads may share it.
+    lose nothing, so there `blob` is made again for whoever asks. Where a GPU's products are torch's, `blob` has the
+    weight in bfloat16 (`unpacked`) beside it. Immutable: threads may share it.
 
     Args:
         blob: a flat uint8 tensor as `pack` made it, for instance out of a safetensors file.
@@ -49,7 +50,9 @@ class PackedWeight:
         self._blob = blob = blob.detach().contiguous()
         self._header = blob[:_ALIGN].clone()
         served = prepare and _load.serves("quant_linear", self.device)
-        self.prepared = torch.ops.kdkernels.quant_prepare(blob) if served else None
+        unpacks = served and _load.unpacks(self.device) != ""
+        self.prepared = torch.ops.kdkernels.quant_prepare(blob) if served and not unpacks else None
+        self.unpacked = self.dequantize(torch.bfloat16) if unpacks else None
         if self.prepared is not None and self.device.type == "cpu":
             self._blob = None
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import _load
 from . import architectures, encoder, tied
 from .importance import mean_squares
 from .modules import QuantEmbedding, QuantLinear
@@ -175,7 +176,8 @@ def explain(model: nn.Module) -> dict[str, str]:
         elif architectures.is_base(module):
             found[name] = f"{type(module).__name__}: layer by layer, since {encoder.why_not(module)}"
         elif isinstance(module, QuantLinear):
-            found[name] = f"quantised linear, {module.scheme}"
+            why = _load.unpacks(next(module.buffers()).device)
+            found[name] = f"quantised linear, {module.scheme}" + (f", unpacked to bf16: {why}" if why else "")
         elif isinstance(module, nn.Linear):
             found[name] = f"torch linear, {str(module.weight.dtype).removeprefix('torch.')}: not quantised"
     return found

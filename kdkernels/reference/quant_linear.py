@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     None: lambda y: y,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -40,5 +40,5 @@ def quant_linear(x, packed, bias=None, *, activation=None, residual=None, input_
             x, weight = (x if x.dtype == torch.float64 else x.float()) * scales, values.double()
         codes, scale = quantize_rows(x, input_scale)
         y = (codes.double() @ weight.T) * scale
-    y = _ACTIVATIONS[activation](y if bias is None else y + bias)
+    y = ACTIVATIONS[activation](y if bias is None else y + bias)
     return y if residual is None else y + residual

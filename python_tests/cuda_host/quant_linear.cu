@@ -7,13 +7,13 @@
 namespace kd::cuda {
 namespace {
 
-template <int kM, int kN>
+template <int kM, int kN, int kGroups>
 int run_tile(const QuantLinear& op) {
   switch (op.weights.bits) {
-    case 8: return run<Shape<8, kM, kN>>(&op, 1, nullptr);
-    case 4: return run<Shape<4, kM, kN>>(&op, 1, nullptr);
-    case 3: return run<Shape<3, kM, kN>>(&op, 1, nullptr);
-    default: return run<Shape<2, kM, kN>>(&op, 1, nullptr);
+    case 8: return run<Shape<8, kM, kN, kGroups>>(&op, 1, nullptr);
+    case 4: return run<Shape<4, kM, kN, kGroups>>(&op, 1, nullptr);
+    case 3: return run<Shape<3, kM, kN, kGroups>>(&op, 1, nullptr);
+    default: return run<Shape<2, kM, kN, kGroups>>(&op, 1, nullptr);
   }
 }
 
@@ -39,10 +39,14 @@ int64_t host_prepare(const uint8_t* blob, int64_t size, uint8_t* prepared, Quant
 
 int host_quantize_rows(const QuantLinear* op) { return cuda::quantize_rows(*op, nullptr); }
 
-// `tile`: 0 as the launcher chooses, else the side of the block's tile.
+// `tile`: 0 as the launcher chooses, else the rows of the block's tile.
 int host_quant_linear(const QuantLinear* op, int tile) {
-  if (tile == 0) return cuda::quant_linear(*op, nullptr);
-  return tile == 64 ? cuda::run_tile<64, 64>(*op) : cuda::run_tile<128, 128>(*op);
+  switch (tile) {
+    case 0: return cuda::quant_linear(*op, nullptr);
+    case 32: return cuda::run_tile<32, 64, 4>(*op);
+    case 64: return cuda::run_tile<64, 64, 1>(*op);
+    default: return cuda::run_tile<128, 128, 1>(*op);
+  }
 }
 
 bool host_few_rows_serves(const QuantLinear* op, bool quantized) { return cuda::quant_few_rows_serves(*op, quantized); }

@@ -91,7 +91,7 @@ class Host:
         return op, alive, codes, scales.finished(), sums
 
     def linear(self, x, packed, bias=None, *, activation=None, residual=None, input_scale=0.0, tile=None):
-        """kdkernels.quant.linear. `tile`: a kernel for many rows, 0 as its launcher chooses, else with this side."""
+        """kdkernels.quant.linear. `tile`: a kernel for many rows, 0 as its launcher chooses, else of so many."""
         quantized = packed.scheme.activation_bits is not None
         if quantized:
             op, _alive, _codes, _scales, _sums = self.quantize_rows(x, packed, input_scale)
