@@ -1,8 +1,6 @@
 """Losses on attention maps and relations, straight from queries and keys."""
 
-import torch
-
-from .. import _checks, reference
+from .. import _checks, ops, reference
 from .._load import serves
 from ..ops._common import HEAD_REDUCTION, KIND, ON
 from . import _attention
@@ -99,7 +97,7 @@ def attention_kl(
         )
     inputs = q_s, k_s, q_t, k_t, mask, cu_seqlens, bias_s, bias_t, lse_s, lse_t
     scalars = longest, temperature, scale_s, scale_t, kind_id, head_id, heads, causal, reduction_id
-    return torch.ops.kdkernels.attention_kl.default(*inputs, *scalars, need_grad(q_s, k_s))[0]
+    return ops.attention_kl.call(*inputs, *scalars, need_grad(q_s, k_s))[0]
 
 
 def attention_mse(
@@ -132,7 +130,7 @@ def attention_mse(
         return reference.attention_mse(
             q_s, k_s, q_t, k_t, mask, on=on, scale_s=scale_s, scale_t=scale_t, cu_seqlens=cu_seqlens
         )
-    return torch.ops.kdkernels.attention_mse.default(
+    return ops.attention_mse.call(
         q_s, k_s, q_t, k_t, mask, cu_seqlens, longest, on_id, scale_s, scale_t, need_grad(q_s, k_s)
     )[0]
 
@@ -176,6 +174,6 @@ def relation_kl(student, teacher, mask=None, *, num_heads, cu_seqlens=None, max_
         return reference.relation_kl(
             student, teacher, mask, num_heads=num_heads, cu_seqlens=cu_seqlens, reduction=reduction
         )
-    return torch.ops.kdkernels.relation_kl.default(
+    return ops.relation_kl.call(
         student, teacher, mask, cu_seqlens, longest, num_heads, reduction_id, need_grad(student)
     )[0]

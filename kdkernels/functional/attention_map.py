@@ -3,9 +3,7 @@
 Where queries and keys are at hand, `attention_kl` and `attention_mse` need no N x N tensor at all.
 """
 
-import torch
-
-from .. import _checks, reference
+from .. import _checks, ops, reference
 from .._load import serves
 from ..ops._common import HEAD_REDUCTION
 from ._common import ROW_REDUCTION, any_fp64
@@ -29,7 +27,7 @@ def attention_map_mse(student_scores, teacher_scores, mask=None, *, head_reducti
     mask = _check_mask(mask, student_scores)
     if any_fp64(student_scores, teacher_scores) or not serves("attention_map_mse", student_scores.device):
         return reference.attention_map_mse(student_scores, teacher_scores, mask, head_reduction=head_reduction)
-    return torch.ops.kdkernels.attention_map_mse.default(student_scores, teacher_scores, mask, head_id)
+    return ops.attention_map_mse.call(student_scores, teacher_scores, mask, head_id)
 
 
 def attention_map_kl(
@@ -64,9 +62,7 @@ def attention_map_kl(
             head_reduction=head_reduction,
             reduction=reduction,
         )
-    return torch.ops.kdkernels.attention_map_kl.default(
-        student_scores, teacher_scores, mask, temperature, head_id, reduction_id
-    )[0]
+    return ops.attention_map_kl.call(student_scores, teacher_scores, mask, temperature, head_id, reduction_id)[0]
 
 
 def _check_mask(mask, scores):

@@ -1,8 +1,6 @@
 """Losses on hidden states."""
 
-import torch
-
-from .. import _checks, reference
+from .. import _checks, ops, reference
 from .._load import serves
 from ..ops._common import NORMALIZE, OVER, VARIANCE
 from ._common import any_fp64, need_grad
@@ -46,7 +44,7 @@ def hidden_mse(student, teacher, mask=None, *, weight=None, bias=None, normalize
     if any_fp64(*students, *teachers, *weights, *biases) or not serves("hidden_mse", first.device):
         w, b = (x if len(x) > 1 else x[0] if x else None for x in (weights, biases))
         return reference.hidden_mse(students, teachers, mask, weight=w, bias=b, normalize=normalize)
-    return torch.ops.kdkernels.hidden_mse.default(
+    return ops.hidden_mse.call(
         students, teachers, mask, weights, biases, normalize_id, need_grad(*students, *weights, *biases)
     )[0]
 
@@ -66,7 +64,7 @@ def hidden_cosine(student, teacher, mask=None):
     mask = _checks.mask(mask, students[0].shape[:2], students[0], "[batch, tokens]")
     if any_fp64(*students, *teachers) or not serves("hidden_cosine", students[0].device):
         return reference.hidden_cosine(students, teachers, mask)
-    return torch.ops.kdkernels.hidden_cosine.default(students, teachers, mask)
+    return ops.hidden_cosine.call(students, teachers, mask)
 
 
 def moment_mse(student, teacher, mask=None, *, mean_weight=1.0, variance_weight=1.0, variance="absolute"):
@@ -92,7 +90,7 @@ def moment_mse(student, teacher, mask=None, *, mean_weight=1.0, variance_weight=
         return reference.moment_mse(
             students, teachers, mask, mean_weight=mean_weight, variance_weight=variance_weight, variance=variance
         )
-    return torch.ops.kdkernels.moment_mse.default(
+    return ops.moment_mse.call(
         students, teachers, mask, mean_weight, variance_weight, variance_id, need_grad(*students)
     )[0]
 
@@ -124,7 +122,7 @@ def gram_mse(s0, s1, t0, t1, mask=None, *, over="hidden"):
     given = [x for x in (s0, s1, t0, t1) if x is not None]
     if any_fp64(*given) or not serves("gram_mse", s0.device):
         return reference.gram_mse(s0, s1, t0, t1, mask, over=over)
-    return torch.ops.kdkernels.gram_mse.default(s0, s1, t0, t1, mask, over_id, need_grad(*given))[0]
+    return ops.gram_mse.call(s0, s1, t0, t1, mask, over_id, need_grad(*given))[0]
 
 
 def _layers(name: str, value) -> list:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks, ops, reference
 from .._load import serves
 from ..ops._common import KIND, REDUCTION, TAIL
 from ._common import any_fp64, need_grad
@@ -73,7 +73,7 @@ def kd_loss(
             reduction=reduction,
         )
     student, teacher, mask, labels, rows = _two_leading(lead, student, teacher, mask, labels, rows)
-    loss, _ = torch.ops.kdkernels.kd_loss.default(
+    loss, _ = ops.kd_loss.call(
         student,
         teacher,
         mask,
@@ -163,7 +163,7 @@ def linear_kd_loss(
             reduction=reduction,
         )
     student, teacher, mask, labels, rows = _two_leading(lead, student, teacher, mask, labels, rows)
-    loss = torch.ops.kdkernels.linear_kd_loss.default(
+    loss = ops.linear_kd_loss.call(
         student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, mask, labels, rows, kind_id,
         temperature, bool(scale_t2), beta, alpha, ignore_index, reduction_id,
         need_grad(*(x for x in (student, student_weight, student_bias) if x is not None)),
@@ -253,7 +253,7 @@ def topk_kd_loss(
             reduction=reduction,
         )
     student, teacher, indices, mask, labels, rows = _two_leading(lead, student, teacher, indices, mask, labels, rows)
-    loss = torch.ops.kdkernels.topk_kd_loss.default(
+    loss = ops.topk_kd_loss.call(
         student, teacher, indices, mask, labels, rows, tail_id, kind_id, temperature, bool(scale_t2), beta, alpha,
         ignore_index, reduction_id,
     )[0]  # fmt: skip

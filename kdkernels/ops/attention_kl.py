@@ -59,12 +59,9 @@ def _setup_context(ctx, inputs, output):
     ctx.scalars = inputs[10:19]
 
 
-def _backward(ctx, grad, *_):
-    grads = None, None
-    if grad is not None:
-        grads = run_backward(torch.ops.kdkernels.attention_kl_backward.default, grad, *ctx.saved_tensors, *ctx.scalars)
-    return *grads, *(None,) * 18
+def _backward(ctx, grad):
+    return run_backward(torch.ops.kdkernels.attention_kl_backward.default, grad, *ctx.saved_tensors, *ctx.scalars)
 
 
-register_autograd("attention_kl", _setup_context, _backward)
+call = register_autograd("attention_kl", (0, 1), _setup_context, _backward)
 forbid_double_backward("attention_kl")

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, loss_shape, register_autograd
+from ._common import LIBRARY, define, forbid_double_backward, loss_shape, register_autograd, run_backward
 
 _INPUTS = "Tensor student, Tensor teacher, Tensor? mask"
 _SCALARS = "float temperature, int head_reduction, int reduction"
@@ -29,12 +29,10 @@ def _setup_context(ctx, inputs, output):
     ctx.scalars = inputs[3:]
 
 
-def _backward(ctx, grad, _):
-    grad_student = None
-    if grad is not None:
-        grad_student = torch.ops.kdkernels.attention_map_kl_backward.default(grad, *ctx.saved_tensors, *ctx.scalars)
-    return grad_student, *(None,) * 5
+def _backward(ctx, grad):
+    overload = torch.ops.kdkernels.attention_map_kl_backward.default
+    return (run_backward(overload, grad, *ctx.saved_tensors, *ctx.scalars),)
 
 
-register_autograd("attention_map_kl", _setup_context, _backward)
+call = register_autograd("attention_map_kl", (0,), _setup_context, _backward)
 forbid_double_backward("attention_map_kl")

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, register_autograd
+from ._common import LIBRARY, define, forbid_double_backward, register_autograd, run_backward
 
 _INPUTS = "Tensor student, Tensor teacher, Tensor? mask, int head_reduction"
 
@@ -26,13 +26,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    grad_student = None
-    if grad is not None:
-        grad_student = torch.ops.kdkernels.attention_map_mse_backward.default(
-            grad, *ctx.saved_tensors, ctx.head_reduction
-        )
-    return grad_student, *(None,) * 3
+    overload = torch.ops.kdkernels.attention_map_mse_backward.default
+    return (run_backward(overload, grad, *ctx.saved_tensors, ctx.head_reduction),)
 
 
-register_autograd("attention_map_mse", _setup_context, _backward)
+call = register_autograd("attention_map_mse", (0,), _setup_context, _backward)
 forbid_double_backward("attention_map_mse")

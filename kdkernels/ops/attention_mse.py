@@ -46,12 +46,9 @@ def _setup_context(ctx, inputs, output):
     ctx.scalars = inputs[6:10]
 
 
-def _backward(ctx, grad, *_):
-    grads = None, None
-    if grad is not None:
-        grads = run_backward(torch.ops.kdkernels.attention_mse_backward.default, grad, *ctx.saved_tensors, *ctx.scalars)
-    return *grads, *(None,) * 9
+def _backward(ctx, grad):
+    return run_backward(torch.ops.kdkernels.attention_mse_backward.default, grad, *ctx.saved_tensors, *ctx.scalars)
 
 
-register_autograd("attention_mse", _setup_context, _backward)
+call = register_autograd("attention_mse", (0, 1), _setup_context, _backward)
 forbid_double_backward("attention_mse")

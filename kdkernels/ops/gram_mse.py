@@ -39,14 +39,11 @@ def _setup_context(ctx, inputs, output):
     ctx.over = inputs[5]
 
 
-def _backward(ctx, grad, _):
-    d_s0 = d_s1 = None
-    if grad is not None:
-        kept = ctx.saved_tensors  # once: a checkpoint hands each out a single time
-        grads = run_backward(torch.ops.kdkernels.gram_mse_backward.default, grad, *kept[:5], list(kept[5:]), ctx.over)
-        d_s0, d_s1 = (*grads, None)[:2]
-    return d_s0, d_s1, *(None,) * 5
+def _backward(ctx, grad):
+    kept = ctx.saved_tensors  # once: a checkpoint hands each out a single time
+    grads = run_backward(torch.ops.kdkernels.gram_mse_backward.default, grad, *kept[:5], list(kept[5:]), ctx.over)
+    return (*grads, None)[:2]
 
 
-register_autograd("gram_mse", _setup_context, _backward)
+call = register_autograd("gram_mse", (0, 1), _setup_context, _backward)
 forbid_double_backward("gram_mse")

@@ -27,13 +27,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    nothing = [None] * ctx.layers
-    if grad is None:
-        return nothing, nothing, None
     *states, mask = ctx.saved_tensors
     student, teacher = states[: ctx.layers], states[ctx.layers :]
-    return run_backward(torch.ops.kdkernels.hidden_cosine_backward.default, grad, student, teacher, mask), nothing, None
+    return run_backward(torch.ops.kdkernels.hidden_cosine_backward.default, grad, student, teacher, mask)
 
 
-register_autograd("hidden_cosine", _setup_context, _backward)
+call = register_autograd("hidden_cosine", (0,), _setup_context, _backward)
 forbid_double_backward("hidden_cosine")

@@ -33,17 +33,13 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*student, *teacher, *weight, *bias, *saved, mask)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grad):
     layers, weights, biases, saved = ctx.lengths
-    if grad is None:
-        return [None] * layers, [None] * layers, None, [None] * weights, [None] * biases, None, None
     *tensors, mask = ctx.saved_tensors
     student, teacher, weight, bias, kept = _split(tensors, (layers, layers, weights, biases, saved))
-    grads = run_backward(
+    return run_backward(
         torch.ops.kdkernels.hidden_mse_backward.default, grad, student, teacher, mask, weight, bias, kept, ctx.normalize
     )
-    d_student, d_weight, d_bias = _split(grads, (layers, weights, biases))
-    return d_student, [None] * layers, None, d_weight, d_bias, None, None
 
 
 def _split(tensors, lengths):
@@ -52,5 +48,5 @@ def _split(tensors, lengths):
     return [[next(tensors) for _ in range(n)] for n in lengths]
 
 
-register_autograd("hidden_mse", _setup_context, _backward)
+call = register_autograd("hidden_mse", (0, 3, 4), _setup_context, _backward)
 forbid_double_backward("hidden_mse")

@@ -30,13 +30,9 @@ def _setup_context(ctx, inputs, output):
     ctx.scalars = inputs[5:]
 
 
-def _backward(ctx, grad, _):
-    grad_student = None
-    if grad is not None:
-        *tensors, stats = ctx.saved_tensors
-        grad_student = run_backward(torch.ops.kdkernels.kd_loss_backward.default, grad, *tensors, stats, *ctx.scalars)
-    return grad_student, *(None,) * 11
+def _backward(ctx, grad):
+    return (run_backward(torch.ops.kdkernels.kd_loss_backward.default, grad, *ctx.saved_tensors, *ctx.scalars),)
 
 
-register_autograd("kd_loss", _setup_context, _backward)
+call = register_autograd("kd_loss", (0,), _setup_context, _backward)
 forbid_double_backward("kd_loss")

@@ -7,7 +7,7 @@ has to be folded in before the products, and backward makes the logits again.
 
 import torch
 
-from ._common import LIBRARY, REDUCTION, define, forbid_double_backward, loss_shape, register_autograd
+from ._common import LIBRARY, REDUCTION, define, forbid_double_backward, loss_shape, register_autograd, run_backward
 
 _INPUTS = (
     "Tensor student, Tensor student_weight, Tensor? student_bias, Tensor teacher, Tensor teacher_weight, "
@@ -43,15 +43,12 @@ def _setup_context(ctx, inputs, output):
     ctx.scalars = inputs[9:16]
 
 
-def _backward(ctx, grad, *_):
-    d_student = d_weight = d_bias = None
-    if grad is not None:
-        saved = ctx.saved_tensors
-        d_student, d_weight, d_bias = torch.ops.kdkernels.linear_kd_loss_backward.default(grad, *saved, *ctx.scalars)
-        if saved[2] is None:
-            d_bias = None
-    return d_student, d_weight, d_bias, *(None,) * 14
+def _backward(ctx, grad):
+    saved = ctx.saved_tensors
+    overload = torch.ops.kdkernels.linear_kd_loss_backward.default
+    d_student, d_weight, d_bias = run_backward(overload, grad, *saved, *ctx.scalars)
+    return d_student, d_weight, None if saved[2] is None else d_bias
 
 
-register_autograd("linear_kd_loss", _setup_context, _backward)
+call = register_autograd("linear_kd_loss", (0, 1, 2), _setup_context, _backward)
 forbid_double_backward("linear_kd_loss")

@@ -25,18 +25,13 @@ def _(grad, student, mask, stats):
 
 def _setup_context(ctx, inputs, output):
     student, _, mask = inputs[:3]
-    ctx.layers = len(student)
     ctx.save_for_backward(*student, mask, output[1])
 
 
-def _backward(ctx, grad, _):
-    nothing = [None] * ctx.layers
-    grads = nothing
-    if grad is not None:
-        *student, mask, stats = ctx.saved_tensors
-        grads = run_backward(torch.ops.kdkernels.moment_mse_backward.default, grad, student, mask, stats)
-    return grads, nothing, *(None,) * 5
+def _backward(ctx, grad):
+    *student, mask, stats = ctx.saved_tensors
+    return run_backward(torch.ops.kdkernels.moment_mse_backward.default, grad, student, mask, stats)
 
 
-register_autograd("moment_mse", _setup_context, _backward)
+call = register_autograd("moment_mse", (0,), _setup_context, _backward)
 forbid_double_backward("moment_mse")

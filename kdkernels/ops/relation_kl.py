@@ -41,14 +41,9 @@ def _setup_context(ctx, inputs, output):
     ctx.scalars = inputs[4:7]
 
 
-def _backward(ctx, grad, *_):
-    grad_student = None
-    if grad is not None:
-        grad_student = run_backward(
-            torch.ops.kdkernels.relation_kl_backward.default, grad, *ctx.saved_tensors, *ctx.scalars
-        )
-    return grad_student, *(None,) * 7
+def _backward(ctx, grad):
+    return (run_backward(torch.ops.kdkernels.relation_kl_backward.default, grad, *ctx.saved_tensors, *ctx.scalars),)
 
 
-register_autograd("relation_kl", _setup_context, _backward)
+call = register_autograd("relation_kl", (0,), _setup_context, _backward)
 forbid_double_backward("relation_kl")

@@ -37,13 +37,9 @@ def _setup_context(ctx, inputs, output):
     ctx.scalars = inputs[6:]
 
 
-def _backward(ctx, grad, *_):
-    grad_student = None
-    if grad is not None:
-        overload = torch.ops.kdkernels.topk_kd_loss_backward.default
-        grad_student = run_backward(overload, grad, *ctx.saved_tensors, *ctx.scalars)
-    return grad_student, *(None,) * 13
+def _backward(ctx, grad):
+    return (run_backward(torch.ops.kdkernels.topk_kd_loss_backward.default, grad, *ctx.saved_tensors, *ctx.scalars),)
 
 
-register_autograd("topk_kd_loss", _setup_context, _backward)
+call = register_autograd("topk_kd_loss", (0,), _setup_context, _backward)
 forbid_double_backward("topk_kd_loss")
