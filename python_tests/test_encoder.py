@@ -80,7 +80,9 @@ def arguments(x, cumulative, blocks, config, all_states=False) -> list:
 
 @torch.no_grad()
 def check_values() -> None:
-    """One block: rounding flips a code here and there, which moves an output by a step; a mistake does far more."""
+    """One block, token by token to rounding, but for few where it flips a code, which moves them by a step: one in a
+    thousand on AVX2, none elsewhere. A mistake, be it of one percent in one factor, moves them all.
+    """
     for scheme in SCHEMES:
         for shape in SHAPES:
             x, cumulative, blocks, config = draw(shape, scheme, 1)
@@ -88,8 +90,8 @@ def check_values() -> None:
             (got,) = run_blocks(x, cumulative, blocks, config, False)
             expected = run_block(x, cumulative, blocks[0], config, torch.bfloat16)
             assert got.shape == expected.shape
-            error = (got - expected).abs()
-            assert (error < 0.1).all() and (x.numel() == 0 or error.mean() < 2e-3), (scheme, shape)
+            error = (got - expected).abs().amax(1)
+            assert (error < 0.1).all() and (error < 1e-5).sum() >= 0.95 * len(x), (scheme, shape)
 
 
 @torch.no_grad()

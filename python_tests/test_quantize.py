@@ -90,14 +90,13 @@ WEIGHT_ONLY = Scheme(activation_bits=None)
 
 
 def assert_alike(got, expected, scheme):
-    """Weight-only to rounding. Of 8-bit activations some lie so near the middle between two codes that rounding sends
-    them to either, which moves what follows by a step, and the block behind far more; a mistake does so at once.
+    """To rounding, token by token. Of 8-bit activations one in some hundred thousand lies so near the middle between
+    two codes that rounding sends it to either, which moves its token by a step: one token in a thousand on AVX2, none
+    elsewhere. A mistake, be it of one percent in one factor, moves them all.
     """
-    error = (got - expected).abs()
-    if scheme == WEIGHT_ONLY:
-        assert error.max() < 1e-4
-    else:
-        assert error.max() < 0.1 and error.mean() < 2e-3
+    error = (got - expected).abs().amax(-1)
+    assert error.max() < (1e-4 if scheme == WEIGHT_ONLY else 0.1)
+    assert (error < 1e-4).float().mean() >= 0.75
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", WEIGHT_ONLY], ids=["int8", "int4", "weight-only"])
