@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdkernels import functional
+from kdkernels import functional, reference
 
 from .case import evaluate
-from .cases import CASES
+from .cases import CASES, of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,6 +159,28 @@ def test_identical_inputs_give_exactly_zero(option, kind):
     loss = functional.attention_kl(q, k, q.detach(), k.detach(), kind=kind, **given)
     assert loss == 0
     assert all((g == 0).all() for g in torch.autograd.grad(loss, (q, k)))
+
+
+@pytest.mark.parametrize("side", ["scale_s", "scale_t"])
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        *(("attention_kl", {"kind": kind}) for kind in ("kl", "reverse_kl")),
+        *(("attention_mse", {"on": on}) for on in ("probs", "scores")),
+    ],
+    ids=str,
+)
+def test_a_scale_of_0_makes_all_scores_equal(op, options, side):
+    """0 * -inf, which stands for what lies behind a row that is no whole vector, would be NaN."""
+    call = next(case for case in of(op) if case.name.endswith("plain")).make()
+    call = call.with_options(**{**options, side: 0.0})
+    got, truth = (
+        evaluate(getattr(module, op), given)
+        for module, given in ((functional, call), (reference, call.to(torch.float64)))
+    )
+    torch.testing.assert_close([got[0], *got[1]], [truth[0], *truth[1]], rtol=1e-5, atol=1e-7, check_dtype=False)
+    if side == "scale_s":
+        assert all((gradient == 0).all() for gradient in got[1])
 
 
 def test_options_that_say_nothing_new():

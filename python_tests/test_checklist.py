@@ -307,6 +307,35 @@ def test_18_a_gradient_near_convergence(near):
     assert relative_error(gradient(functional.kd_loss, student, teacher)[1], truth) < 3e-7 / near
 
 
+class PublishedGradient(torch.autograd.Function):
+    """KL of rows of scores whose gradient is the published -p_s expm1(log p_t - log p_s)."""
+
+    @staticmethod
+    def forward(ctx, student, teacher):
+        ctx.save_for_backward(student.log_softmax(-1), teacher.log_softmax(-1))
+        return reference.kd_loss(student, teacher, reduction="sum")
+
+    @staticmethod
+    def backward(ctx, above):
+        log_s, log_t = ctx.saved_tensors
+        return -above * log_s.exp() * torch.expm1(log_t - log_s), None
+
+
+@pytest.mark.parametrize("near", [1e-2, 1e-4])
+@pytest.mark.parametrize("op", ["kd_loss", "attention_map_kl", "topk_kd_loss"])
+def test_18_no_worse_than_the_published_form(op, near):
+    """p_s - p_t as -p_s expm1((t - lse_t) - (s - lse_s)), which is to save it from cancelling: in float32 those two
+    differences are rounded at the size of log p, which costs more digits than p_s and p_t lose at their own size. Where
+    scores come from products, the products' rounding is more than either."""
+    teacher = 2 * torch.randn(1, 4, 300, 300)
+    student = teacher + near * torch.randn_like(teacher)
+    rest = (torch.arange(300).expand(teacher.shape),) if op == "topk_kd_loss" else ()  # K = V
+    _, got = gradient(getattr(functional, op), student, teacher, *rest, reduction="sum")
+    _, published = gradient(PublishedGradient.apply, student, teacher)
+    _, truth = gradient(reference.kd_loss, student.double(), teacher.double(), reduction="sum")
+    assert relative_error(got, truth) < relative_error(published, truth) / 1.2
+
+
 def test_19_exponentials():
     """e^-x to two units in the last place, beside the rounding of log2(e): naive code rounds the product with it, and
     the error grows with x."""
@@ -321,6 +350,20 @@ def test_19_exponentials():
     assert (error <= 4 * eps + constant * x).all()
     product = torch.exp2(-x * math.log2(math.e))
     assert ((product.double() / (-x.double()).exp() - 1).abs() > 4 * eps + constant * x).any()
+
+
+@pytest.mark.parametrize("most", [10, 40, 80])
+def test_19_exponentials_of_logits_as_they_come(most):
+    """Of each class, however improbable: what torch's own exponential loses, to which x - max is rounded as well. A
+    log2(e) that is rounded beside it adds less than that."""
+    student = torch.randn(2000, 1) - most * torch.rand(2000, 30)
+    student[:, 0] = student.amax(-1) + 1
+    teacher = torch.full_like(student, -INF)
+    teacher[:, 0] = 0
+    _, grad = gradient(functional.kd_loss, student, teacher, reduction="sum")
+    truth = student.double().softmax(-1)[:, 1:]
+    ours, torchs = ((p.double() / truth - 1).abs() for p in (grad[:, 1:], student.softmax(-1)[:, 1:]))
+    assert ours.max() <= 1.5 * torchs.max() and ours.square().mean() <= 1.5**2 * torchs.square().mean()
 
 
 def test_19_probabilities_below_float32_are_zero_or_close():

@@ -191,6 +191,20 @@ def test_variance_of_states_far_from_zero():
     assert (naive - student.double().var(-1, correction=0)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)], ids=["mean", "variance"])
+def test_moments_of_a_student_near_its_teacher(weights):
+    """Two means or variances that differ in their last digits only, which rounding takes from each."""
+    teacher = 3 + torch.randn(2, 9, 100)
+    student = teacher + 1e-5 * torch.randn_like(teacher)
+    options = {"mean_weight": weights[0], "variance_weight": weights[1], "variance": "squared"}
+    loss, grad = gradient(functional.moment_mse, student, teacher, **options)
+    truth, true_grad = gradient(reference.moment_mse, student.double(), teacher.double(), **options)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    assert (grad - true_grad).norm() < 1e-5 * true_grad.norm()
+    _, naive = gradient(reference.moment_mse, student, teacher, **options)
+    assert (naive - true_grad).norm() > 1e-2 * true_grad.norm()
+
+
 @pytest.mark.parametrize(
     "case", [c for c in of("kd_loss", "topk_kd_loss") if c.near is None and not c.shape["labels"]], ids=lambda c: c.id
 )

@@ -77,6 +77,23 @@ def test_the_students_rest_keeps_its_digits():
     assert not eager.topk_kd_loss(student, values, indices, tail="bucket").isfinite()
 
 
+@pytest.mark.parametrize("temperature", [20.0, 1000.0])
+def test_a_hard_term_beside_a_high_temperature(temperature):
+    """The rest's logit T log sum exp(x / T) is far above all others then: what is stored relative to it has lost the
+    digits that the cross-entropy at T = 1 needs."""
+    student, teacher, labels = 3 * torch.randn(6, 3000), torch.randn(6, 3000), torch.randint(3000, (6,))
+    values, indices = (teacher / temperature).log_softmax(-1).topk(8)
+    labels[:3] = indices[:3, 0]
+    options = {"tail": "bucket", "temperature": temperature, "labels": labels, "alpha": 0.0}
+    loss, grad = gradient(functional.topk_kd_loss, student, values, indices, **options)
+    truth, true_grad = gradient(reference.topk_kd_loss, student.double(), values.double(), indices, **options)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=2e-6, atol=1e-12)
+    base = temperature * torch.logsumexp(student / temperature, -1, keepdim=True)
+    stored = ((student - base) + base).softmax(-1).double()
+    assert ((stored / student.double().softmax(-1) - 1).abs() > 2e-6).any()
+
+
 @pytest.mark.parametrize("excess", [0.0, 1e-7, 1e-3])
 def test_teacher_without_a_rest(excess):
     """Probabilities that reach 1, or pass it by rounding, leave nothing and are renormalised."""

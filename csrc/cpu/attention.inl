@@ -105,8 +105,8 @@ inline double head_maps(const Attention& op, const MapSizes& size, const MapBuff
   const bool grad = op.grad_q || op.grad_k;
   const bool normalized = op.lse_s.data && op.lse_t.data && op.scale_s != 0 && op.scale_t != 0;
   const RowScales scale = row_scales(op);
-  pack_rows(op.q_s, batch, head, buf.token, n, round_up(n, kRowPad), op.scale_s < 0 ? -1 : 1, buf.q_s, size.depth_s, buf.row);
-  pack_rows(op.q_t, batch, head_t, buf.token, n, round_up(n, kRowPad), op.scale_t < 0 ? -1 : 1, buf.q_t, op.q_t.size, buf.row);
+  pack_rows(op.q_s, batch, head, buf.token, n, round_up(n, kRowPad), sign_of(op.scale_s), buf.q_s, size.depth_s, buf.row);
+  pack_rows(op.q_t, batch, head_t, buf.token, n, round_up(n, kRowPad), sign_of(op.scale_t), buf.q_t, op.q_t.size, buf.row);
   pack_panels(op.k_t, batch, head_t, buf.token, n, buf.panels_t, buf.row);
 
   double total = 0;

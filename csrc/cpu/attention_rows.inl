@@ -25,9 +25,13 @@ struct RowScales {
   vf s, t, log2_s, log2_t;
 };
 
-// A row to which a bias was added is scaled already.
+// What queries are packed with: 1, -1, and 0 where all scores are 0, as a scale of 0 would make NaN of the -inf behind a row.
+inline float sign_of(float scale) { return static_cast<float>((scale > 0) - (scale < 0)); }
+
+// A row to which a bias was added is scaled already, and one of zeros needs no scale.
 inline RowScales row_scales(const Attention& op) {
-  const float s = op.bias_s.data ? 1 : __builtin_fabsf(op.scale_s), t = op.bias_t.data ? 1 : __builtin_fabsf(op.scale_t);
+  const auto left = [](bool biased, float scale) { return biased || scale == 0 ? 1.0f : __builtin_fabsf(scale); };
+  const float s = left(op.bias_s.data, op.scale_s), t = left(op.bias_t.data, op.scale_t);
   return {set1(s), set1(t), set1(static_cast<float>(s * 1.4426950408889634)), set1(static_cast<float>(t * 1.4426950408889634))};
 }
 

@@ -12,11 +12,11 @@ inline bool product_takes(const float*, int64_t) { return true; }
 inline int64_t panels_floats(int64_t columns, int64_t depth, int64_t width) { return round_up(columns, width) * depth; }
 
 inline int64_t weight_operand_floats(const HiddenProjection& op) {
-  return panels_floats(op.d_t, op.d_s, kPanel) + (op.grad_student ? panels_floats(op.d_s, op.d_t, kPanel) : 0);
+  return panels_floats(op.d_t, op.d_s, kPanel) + (op.grad_matrix ? panels_floats(op.d_s, op.d_t, kPanel) : 0);
 }
 
 inline int64_t row_operand_floats(const HiddenProjection& op) {
-  return op.grad_student ? panels_floats(op.d_s, op.rows, kPanel) + panels_floats(op.d_t, op.rows, kRowPad) : 0;
+  return op.grad_matrix ? panels_floats(op.d_s, op.rows, kPanel) + panels_floats(op.d_t, op.rows, kRowPad) : 0;
 }
 
 inline int64_t product_scratch_floats(const HiddenProjection&) { return 0; }
@@ -45,7 +45,7 @@ inline void pack_weight(const HiddenProjection& op, int64_t first, int64_t n, co
     float* column = packed + t / kPanel * op.d_s * kPanel + t % kPanel;
     for (int64_t k = 0; k < op.d_s; ++k) column[k * kPanel] = t < last ? row[k] : 0;
   }
-  if (op.grad_student) store_in_panels(w, stride, op.d_s, op.d_t, first, n, kPanel, weight_straight(op, packed));
+  if (op.grad_matrix) store_in_panels(w, stride, op.d_s, op.d_t, first, n, kPanel, weight_straight(op, packed));
 }
 
 inline void pack_states(const HiddenProjection& op, int64_t first, int64_t n, const float* s, int64_t stride) {

@@ -25,7 +25,7 @@ inline Tiles weight_straight(const HiddenProjection& op, float* memory) {
 
 inline int64_t weight_operand_floats(const HiddenProjection& op) {
   const int64_t parts = operand_parts(op);
-  return tiles_floats(op.d_t, op.d_s, parts) + (op.grad_student ? tiles_floats(op.d_s, op.d_t, parts) : 0);
+  return tiles_floats(op.d_t, op.d_s, parts) + (op.grad_matrix ? tiles_floats(op.d_s, op.d_t, parts) : 0);
 }
 
 // What the rows of a layer leave for the gradient of its weight: S as B and G as A.
@@ -35,7 +35,7 @@ inline Tiles all_gradients(const HiddenProjection& op) {
 }
 
 inline int64_t row_operand_floats(const HiddenProjection& op) {
-  if (!op.grad_student) return 0;
+  if (!op.grad_matrix) return 0;
   return tiles_floats(op.d_s, op.rows, operand_parts(op)) + tiles_floats(op.d_t, op.rows, gradient_parts(op));
 }
 
@@ -57,7 +57,7 @@ inline void whole_product(const Tiles& a, int64_t line, int64_t rows, const Tile
 inline void pack_weight(const HiddenProjection& op, int64_t first, int64_t n, const float* w, int64_t stride, float* packed) {
   const int64_t rows = round_up(n, kTileBlock), columns = round_up(op.d_s, kTileBlock);
   pack_rows<true>(w, stride, rows, columns, weight_turned(op, packed), first);
-  if (op.grad_student) pack_columns<false>(w, stride, rows, columns, weight_straight(op, packed), first);
+  if (op.grad_matrix) pack_columns<false>(w, stride, rows, columns, weight_straight(op, packed), first);
 }
 
 inline void pack_states(const HiddenProjection& op, int64_t first, int64_t n, const float* s, int64_t stride) {

@@ -63,13 +63,13 @@ inline double projection_residual(const HiddenProjection& op, const float* bias,
   const HiddenScale scale = hidden_normalize(op.normalize, y, op.d_t, y);
   hidden_normalize(op.normalize, t, op.d_t, row_t);
   const double squares = hidden_squares(y, row_t, op.d_t);
-  if (op.grad_student) hidden_gradient(op.normalize, scale, y, row_t, op.d_t, op.grad_weight, y);
+  if (op.grad_matrix) hidden_gradient(op.normalize, scale, y, row_t, op.d_t, op.grad_weight, y);
   return squares;
 }
 
 void projection_rows(const HiddenProjection& op, int64_t item, float* scratch) {
   const int64_t width_s = projection_width(op.d_s), width_t = projection_width(op.d_t);
-  const bool grad = op.grad_student;
+  const bool grad = op.grad_matrix;
   float *s = scratch, *y = s + kProjectionBlock * width_s, *row_s = y + kProjectionBlock * width_t, *row_t = row_s + width_s;
   float *own = row_t + width_t, *bias = projection_bias(op);
   const int64_t first = item * kProjectionBlock, left = op.rows - first, rows = left < kProjectionBlock ? left : kProjectionBlock;

@@ -1,9 +1,9 @@
 // moment_mse: sum over real tokens of mean_weight (m_s - m_t)^2 + variance_weight |v_s - v_t|, m and v a row's mean and variance.
 //
-// Around a first guess of both means, with x and y what is left of the two rows,
-//   m_s - m_t = their difference + mean(x - y),   v_s - v_t = mean((x - y)(x + y)) - mean(x - y) mean(x + y)
-// so that the difference is made before anything is summed: near its teacher a student keeps its digits, and with them the sign of the
-// variance's gradient. Equal rows give exactly 0.
+// With x = s - a first guess of m_s, and d = (s - t) - a first guess of m_s - m_t,
+//   m_s - m_t = its guess + mean(d),   v_s - v_t = mean(d (2 x - d)) - mean(d) mean(2 x - d)
+// so that s - t, which is exact near the teacher, is made before anything is rounded or summed: a student there keeps its digits, and with
+// them the sign of the variance's gradient. Equal rows give exactly 0.
 //
 //   gradient = a + b (s - m_s),   a = 2 mean_weight (m_s - m_t) / n,   b = 2 variance_weight sign(v_s - v_t) / n
 //
@@ -38,20 +38,19 @@ void moment_forward(const MomentMse& op, int64_t item, float* scratch) {
       add[0] += load_up_to(s + i, lanes, 0);
       add[1] += load_up_to(t + i, lanes, 0);
     }, sums);
-    const float guess_s = static_cast<float>(sums[0] / n), guess_t = static_cast<float>(sums[1] / n);
+    const float guess = static_cast<float>(sums[0] / n), guess_t = static_cast<float>(sums[1] / n), gap = guess - guess_t;
     hidden_sums<3>(n, [&](int64_t i, int64_t lanes, vf* add) {
-      const vf x = load_up_to(s + i, lanes, guess_s) - guess_s, y = load_up_to(t + i, lanes, guess_t) - guess_t;
+      const vf at = load_up_to(s + i, lanes, guess), x = at - guess, d = (at - load_up_to(t + i, lanes, guess_t)) - gap;
       add[0] += x;
-      add[1] += x - y;
-      add[2] = fma(x - y, x + y, add[2]);
+      add[1] += d;
+      add[2] = fma(d, (x + x) - d, add[2]);
     }, sums);
-    const double rest = sums[0] / n, apart = sums[1] / n;
-    const double mean = (static_cast<double>(guess_s) - guess_t) + apart;
+    const double rest = sums[0] / n, apart = sums[1] / n, mean = gap + apart;
     const double variance = sums[2] / n - apart * (2 * rest - apart), sign = (variance > 0) - (variance < 0);
     const bool squared = op.variance == kSquared;
     total += op.mean_weight * (mean * mean) + op.variance_weight * (squared ? variance * variance : sign * variance);
     const double slope = 2 * op.variance_weight * (squared ? 2 * variance : sign) / n;
-    left[0] = guess_s;
+    left[0] = guess;
     left[1] = static_cast<float>(2 * op.mean_weight * mean / n - slope * rest);
     left[2] = static_cast<float>(slope);
   }

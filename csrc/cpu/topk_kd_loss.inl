@@ -118,26 +118,36 @@ inline void teacher_outcomes(const TopkKdLoss& op, int64_t r, float temperature)
   if (op.count < op.classes && mass < 1) t[op.count] = static_cast<float>(temperature * __builtin_log1p(-mass));
 }
 
-// The sum of exponentials of the whole row at T = 1, from the named logits and the rest's sum: as a maximum and 1 / sum. Both sides are
-// relative to the rest's logit, which lies `above` the rest's maximum.
-inline void hard_sum(const TopkKdLoss& op, const RestSums& sums, double above, const float* named, float* rest) {
-  const float rest_max = sums.z_hard == 0 ? -__builtin_inff() : static_cast<float>(-above);
-  vf seen = set1(rest_max);
-  for (int64_t k = 0; k < op.count; k += W) seen = vmax(load_n(named + k, op.count - k < W ? op.count - k : W, rest_max), seen);
+inline float student_logit(const TopkKdLoss& op, int64_t offset, int64_t c) {
+  float buffer;
+  return *kd_chunk(op.student, offset, c, 1, &buffer);
+}
+
+// f(first, n, the row's n <= W named logits from there on), as they are: relative to the rest's logit, which is T log Z above the rest's
+// maximum, they are too far away for the digits that T = 1 asks for.
+template <typename F>
+inline void for_named_logits(const TopkKdLoss& op, int64_t r, const F& f) {
+  const int64_t offset = topk_offset(op, op.student, r);
+  for (int64_t k = 0; k < op.count; k += W) {
+    const int64_t n = op.count - k < W ? op.count - k : W;
+    float x[W];
+    for (int64_t i = 0; i < W; ++i) x[i] = i < n ? student_logit(op, offset, topk_class(op, r, k + i)) : -__builtin_inff();
+    f(k, n, load(x));
+  }
+}
+
+// The sum of exponentials of the whole row at T = 1, from the named logits and the rest's sum: as a maximum and 1 / sum.
+inline void hard_sum(const TopkKdLoss& op, const RestSums& sums, int64_t r, float* rest) {
+  vf seen = set1(sums.max);
+  for_named_logits(op, r, [&](int64_t, int64_t, vf x) { seen = vmax(x, seen); });
   const float m = finite(max(seen));
-  double z = sums.z_hard == 0 ? 0 : sums.z_hard * __builtin_exp(-above - m);
-  for (int64_t k = 0; k < op.count; k += W)
-    z += sum_wide(exp2_scaled(load_n(named + k, op.count - k < W ? op.count - k : W, -__builtin_inff()) - m, set1(kLog2E)));
+  double z = sums.z_hard == 0 ? 0 : sums.z_hard * __builtin_exp(static_cast<double>(sums.max) - m);
+  for_named_logits(op, r, [&](int64_t, int64_t, vf x) { z += sum_wide(exp2_scaled(x - m, set1(kLog2E))); });
   rest[kHardMax] = m;
   rest[kHardInvZ] = static_cast<float>(1 / z);
 }
 
 inline bool topk_labelled(const TopkKdLoss& op, int64_t r) { return op.labels && op.labels[r] != op.ignore_index; }
-
-inline float student_logit(const TopkKdLoss& op, int64_t offset, int64_t c) {
-  float buffer;
-  return *kd_chunk(op.student, offset, c, 1, &buffer);
-}
 
 inline void topk_forward_row(const TopkKdLoss& op, int64_t r, float* scratch) {
   const int64_t outcomes = op.count + 1, offset = topk_offset(op, op.student, r);
@@ -162,8 +172,8 @@ inline void topk_forward_row(const TopkKdLoss& op, int64_t r, float* scratch) {
   teacher_outcomes(op, r, temperature);
   kd_loss_forward_row(op.named, r, op.count);
   if (!labelled) return;
-  hard_sum(op, sums, above, s, rest);
-  const double of_label = student_logit(op, offset, op.labels[r]) - reference;
+  hard_sum(op, sums, r, rest);
+  const double of_label = student_logit(op, offset, op.labels[r]);
   op.named.stats[r * kKdStats + kHardLoss] = static_cast<float>(-__builtin_log(rest[kHardInvZ]) - (of_label - rest[kHardMax]));
 }
 
@@ -205,24 +215,19 @@ inline float gradient_of_rest(const TopkKdLoss& op, const float* named, const fl
 inline void topk_backward_row(const TopkKdLoss& op, const KdWeights& weights, int64_t r, float* scratch) {
   kd_loss_backward_row(op.named, weights, r);
   const float* rest = op.rest + r * kTopkStats;
-  const float* s_named = op.named_student + r * (op.count + 1);
   float* g_named = static_cast<float*>(op.named.grad_student) + r * (op.count + 1);
   const bool real = !(op.named.mask && !op.named.mask[r]), labelled = real && topk_labelled(op, r);
   const float upstream =
       op.named.grad_loss[r / op.named.inner * op.named.grad_stride_outer + r % op.named.inner * op.named.grad_stride_inner];
   const float temperature = kd_temperature(op.named, r), log2_scale = static_cast<float>(1.4426950408889634 / temperature);
   const float hard = labelled ? upstream * weights.hard : 0, hard_named = hard * rest[kHardInvZ];
-  // The rest's maximum relative to its logit is -T log Z.
-  const double rest_max = temperature * __builtin_log(rest[kRestInvZ]);
-  const float hard_rest = labelled ? hard_named * static_cast<float>(__builtin_exp(rest_max - rest[kHardMax])) : 0;
+  const float hard_rest = labelled ? hard_named * static_cast<float>(__builtin_exp(static_cast<double>(rest[kRestMax]) - rest[kHardMax])) : 0;
   const float soft_rest = gradient_of_rest(op, g_named, op.named.stats + r * kKdStats) * rest[kRestInvZ];
   if (labelled) {
     const vf m = set1(rest[kHardMax]);
-    for (int64_t k = 0; k < op.count; k += W) {
-      const int64_t n = op.count - k < W ? op.count - k : W;
-      const vf p = exp2_scaled(load_n(s_named + k, n, 0.0f) - m, set1(kLog2E));
-      store_n(g_named + k, fma(p, set1(hard_named), load_n(g_named + k, n, 0.0f)), n);
-    }
+    for_named_logits(op, r, [&](int64_t k, int64_t n, vf x) {
+      store_n(g_named + k, fma(exp2_scaled(x - m, set1(kLog2E)), set1(hard_named), load_n(g_named + k, n, 0.0f)), n);
+    });
   }
 
   const int64_t offset = topk_offset(op, op.student, r), out = r * op.classes;

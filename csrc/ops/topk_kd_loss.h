@@ -10,7 +10,7 @@ namespace kd {
 enum TopkStat : int32_t {
   kRestMax = 0,   // max of the rest's logits
   kRestInvZ = 1,  // 1 / sum over the rest of exp((s - max) / T); 0 where it is empty
-  kHardMax = 2,   // max of all logits of the row relative to the rest's logit, with labels only
+  kHardMax = 2,   // max of all logits of the row, with labels only
   kHardInvZ = 3,  // 1 / sum over all classes of exp(s - max)
   kTopkStats = 4
 };

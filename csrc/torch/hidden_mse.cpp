@@ -66,7 +66,7 @@ double run_projections(const cpu::Table& kernels, std::vector<HiddenProjection>&
     run_items(cpu::projection_blocks(ops[w].d_t, most.block), most.scratch,
               [&](int64_t item, float* scratch) { kernels.projection_pack(ops[w], item, scratch); });
   for (int64_t l = 0; l <= layers; ++l) {
-    const bool weight = l > 0 && ops[l - 1].grad_student;
+    const bool weight = l > 0 && ops[l - 1].grad_matrix;
     const int64_t weight_items = weight ? cpu::projection_blocks(ops[l - 1].d_t, most.block) : 0;
     run_items(weight_items + (l < layers ? blocks : 0), most.scratch, [&](int64_t item, float* scratch) {
       item < weight_items ? kernels.projection_weight(ops[l - 1], item, scratch)

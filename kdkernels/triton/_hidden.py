@@ -32,9 +32,15 @@ def of_layer(pointers, layer):
 
 
 @triton.jit
+def own_rows(BLOCK_R: tl.constexpr):
+    """The rows of a program, int64: there may be more than 2^31."""
+    return tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+
+
+@triton.jit
 def load_rows(states, strides, row, inside, N, BLOCK_D: tl.constexpr):
     """Rows of states [B, N, D] -> float32 [rows, BLOCK_D], 0 where not `inside`; row = b N + n."""
-    b, n = (row // N).to(tl.int64)[:, None], (row % N).to(tl.int64)[:, None]
+    b, n = (row // N)[:, None], (row % N)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
     address = states + b * strides[0] + n * strides[1] + column * strides[2]
     return tl.load(address, mask=inside, other=0.0).to(tl.float32)
@@ -44,5 +50,5 @@ def load_rows(states, strides, row, inside, N, BLOCK_D: tl.constexpr):
 def store_rows(out, row, value, ROWS, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """value [rows, BLOCK_D] into contiguous [ROWS, D]."""
     column = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
-    address = out + row.to(tl.int64)[:, None] * D + column
+    address = out + row[:, None] * D + column
     tl.store(address, value.to(out.dtype.element_ty), mask=(row < ROWS)[:, None] & (column < D))

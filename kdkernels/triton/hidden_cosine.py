@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._common import LAUNCH, finish, host_divisor, mean_divisor, register
-from ._hidden import alike, load_rows, of_layer, real_tokens, row_tiles, store_rows
+from ._hidden import alike, load_rows, of_layer, own_rows, real_tokens, row_tiles, store_rows
 
 EPS = tl.constexpr(1e-8)
 
@@ -30,8 +30,8 @@ def _rows_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Sums of row losses into `partial`, or gradients into `outs`."""
-    layer = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    layer = tl.program_id(1).to(tl.int64)
+    row = own_rows(BLOCK_R)
     keep = row < ROWS
     if mask is not None:
         keep = tl.load(mask + row, mask=keep, other=0) != 0

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..ops._common import NORMALIZE
 from ._common import LAUNCH, finish, host_divisor, mean_divisor, product, register
-from ._hidden import alike, load_rows, of_layer, real_tokens, row_tiles, store_rows
+from ._hidden import alike, load_rows, of_layer, own_rows, real_tokens, row_tiles, store_rows
 
 L2, LAYER_NORM = tl.constexpr(NORMALIZE["l2"]), tl.constexpr(NORMALIZE["layer_norm"])
 EPS = tl.constexpr(1e-12)
@@ -45,8 +45,8 @@ def _rows_kernel(
 
     The gradients are 2 grad / (real tokens x D) times the rows' own, or the rows' own alone where `grad` is None.
     """
-    layer = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    layer = tl.program_id(1).to(tl.int64)
+    row = own_rows(BLOCK_R)
     column = tl.arange(0, BLOCK_D)
     keep = row < ROWS
     if mask is not None:

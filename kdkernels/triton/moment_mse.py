@@ -2,9 +2,10 @@
     mean_weight (m_s - m_t)^2 + variance_weight |v_s - v_t|,   m and v a row's mean and variance.
 
 Bound by memory: a program owns a few whole rows of one layer in registers. The differences are made element by element
-before they are summed: v_s - v_t = mean((x - y) (x + y)) for centred rows x and y, so that a student near its teacher
-keeps its digits, and equal rows give exactly 0. What rounding leaves of the centred rows' means is put right. Forward
-leaves m, about a row's mean, and the a and b of its gradient a + b (s - m), from which backward needs no teacher.
+before they are rounded or summed: v_s - v_t = mean(d (2 x - d)) for the centred x = s - m_s and d = s - t, so that a
+student near its teacher keeps its digits, and equal rows give exactly 0. What rounding leaves of the means of x and d
+is put right. Forward leaves m, about a row's mean, and the a and b of its gradient a + b (s - m), from which backward
+needs no teacher.
 """
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from ..ops._common import VARIANCE
 from ._common import LAUNCH, finish, host_divisor, mean_divisor, register
-from ._hidden import alike, load_rows, of_layer, real_tokens, row_tiles, store_rows
+from ._hidden import alike, load_rows, of_layer, own_rows, real_tokens, row_tiles, store_rows
 
 SQUARED = tl.constexpr(VARIANCE["squared"])
 
@@ -24,8 +25,8 @@ def _forward_kernel(
     VARIANCE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Sums of row losses into `partial`; m, a and b of each row into `stats`, a [ROWS, 3] for each layer, or None."""
-    layer = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    layer = tl.program_id(1).to(tl.int64)
+    row = own_rows(BLOCK_R)
     keep = row < ROWS
     if mask is not None:
         keep = tl.load(mask + row, mask=keep, other=0) != 0
@@ -34,9 +35,9 @@ def _forward_kernel(
     t = load_rows(of_layer(teachers, layer), strides_t, row, inside, N, BLOCK_D)
     mean, apart = tl.sum(s, 1) / D, tl.sum(s - t, 1) / D
     x = tl.where(inside, s - mean[:, None], 0.0)
-    y = tl.where(inside, t - (mean - apart)[:, None], 0.0)
-    rest, rest_apart = tl.sum(x, 1) / D, tl.sum(x - y, 1) / D
-    variance = tl.sum((x - y) * (x + y), 1) / D - rest_apart * (2 * rest - rest_apart)
+    d = tl.where(inside, (s - t) - apart[:, None], 0.0)
+    rest, rest_apart = tl.sum(x, 1) / D, tl.sum(d, 1) / D
+    variance = tl.sum(d * (2 * x - d), 1) / D - rest_apart * (2 * rest - rest_apart)
     apart += rest_apart
     sign = tl.where(variance > 0, 1.0, tl.where(variance < 0, -1.0, 0.0))
     if VARIANCE == SQUARED:
@@ -46,7 +47,7 @@ def _forward_kernel(
     loss = mean_weight * (apart * apart) + variance_weight * spread
     tl.store(partial + layer * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(keep, loss, 0.0), 0))
     if stats is not None:
-        at = of_layer(stats, layer) + row.to(tl.int64) * 3
+        at = of_layer(stats, layer) + row * 3
         tl.store(at, tl.where(keep, mean, 0.0), mask=row < ROWS)
         b = 2 * variance_weight * slope / D
         tl.store(at + 1, tl.where(keep, 2 * mean_weight * apart / D - b * rest, 0.0), mask=row < ROWS)
@@ -58,14 +59,14 @@ def _backward_kernel(
     students, mask, count, stats, grad, outs, strides, ROWS, N, divisor: tl.int64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    layer = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    layer = tl.program_id(1).to(tl.int64)
+    row = own_rows(BLOCK_R)
     keep = row < ROWS
     if mask is not None:
         keep = tl.load(mask + row, mask=keep, other=0) != 0
     inside = keep[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     s = load_rows(of_layer(students, layer), strides, row, inside, N, BLOCK_D)
-    at = of_layer(stats, layer) + row.to(tl.int64) * 3
+    at = of_layer(stats, layer) + row * 3
     mean = tl.load(at, mask=keep, other=0.0)[:, None]
     a = tl.load(at + 1, mask=keep, other=0.0)[:, None]
     b = tl.load(at + 2, mask=keep, other=0.0)[:, None]

@@ -68,9 +68,8 @@ def _rest_kernel(
         empty = z == 0
         above = tl.where(empty, 0.0, t * tl.log(z.to(tl.float64)))
         base = tl.where(empty, 0.0, top + above)
-        s = tl.load(logits + index * strides_s[2], mask=valid, other=float("nan")).to(tl.float64)
-        s = (s - base).to(tl.float32)
-        tl.store(out_s + k, s, mask=inside)
+        s = tl.load(logits + index * strides_s[2], mask=valid, other=float("nan")).to(tl.float32)
+        tl.store(out_s + k, (s.to(tl.float64) - base).to(tl.float32), mask=inside)
         tl.store(out_s + K, tl.where(empty, -float("inf"), base - base).to(tl.float32))  # NaN stays
         tl.store(rest + row * 4, tl.where(top == -float("inf"), 0.0, top))
         tl.store(rest + row * 4 + 1, tl.where(empty, 0.0, 1 / z))
@@ -86,15 +85,15 @@ def _rest_kernel(
         tl.store(out_t + K, of_rest.to(tl.float32))
 
         if labels is not None:
-            of_rest = tl.where(empty, -float("inf"), -above).to(tl.float32)
-            top = tl.maximum(tl.max(tl.where(inside, s, -float("inf")), 0), of_rest)
-            z = z_hard * tl.exp(of_rest - top) + tl.sum(tl.where(inside, tl.exp(s - top), 0.0), 0)
-            tl.store(rest + row * 4 + 2, top)
+            # From the logits themselves: T log Z away from their maximum they have lost digits that T = 1 asks for.
+            all_top = tl.maximum(tl.max(tl.where(inside, s, -float("inf")), 0), top)
+            z = z_hard * tl.exp(top - all_top) + tl.sum(tl.where(inside, tl.exp(s - all_top), 0.0), 0)
+            tl.store(rest + row * 4 + 2, all_top)
             tl.store(rest + row * 4 + 3, 1 / z)
             label = tl.load(labels + row)
             has_label, right = label != ignore_index, (label >= 0) & (label < V)
-            x = tl.load(logits + label * strides_s[2], mask=has_label & right, other=float("nan")).to(tl.float64)
-            tl.store(hard + row, tl.where(has_label, tl.log(z) - ((x - base).to(tl.float32) - top), 0.0))
+            x = tl.load(logits + label * strides_s[2], mask=has_label & right, other=float("nan")).to(tl.float32)
+            tl.store(hard + row, tl.where(has_label, tl.log(z) - (x - all_top), 0.0))
     else:
         tl.store(out_s + k, tl.zeros((BLOCK_K,), tl.float32), mask=inside)
         tl.store(out_t + k, tl.zeros((BLOCK_K,), tl.float32), mask=inside)
@@ -134,10 +133,11 @@ def _gradient_kernel(
             has_label = label != ignore_index
             scale_hard = tl.where(has_label, tl.load(grad_hard + row), 0.0)
             top_hard, inverse_hard = tl.load(rest + row * 4 + 2), tl.load(rest + row * 4 + 3)
-            g += tl.where(has_label, scale_hard * (tl.exp(s - top_hard) * inverse_hard), 0.0)
+            address = _row(student, strides_s, row, INNER) + index * strides_s[2]
+            x = tl.load(address, mask=(index >= 0) & (index < V), other=-float("inf")).to(tl.float32)
+            g += tl.where(has_label, scale_hard * (tl.exp(x - top_hard) * inverse_hard), 0.0)
             g -= tl.where(index == label, scale_hard, 0.0)
-            # The rest's maximum relative to its logit is -T log Z.
-            at_top = tl.where(inverse > 0, t * tl.log(inverse), -float("inf"))
+            at_top = tl.where(inverse > 0, top, -float("inf"))
             hard = tl.where(has_label, scale_hard * (tl.exp(at_top - top_hard) * inverse_hard), 0.0)
         for start in range(0, V, BLOCK_V):
             at = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
