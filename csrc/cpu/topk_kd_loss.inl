@@ -221,7 +221,8 @@ inline void topk_backward_row(const TopkKdLoss& op, const KdWeights& weights, in
       op.named.grad_loss[r / op.named.inner * op.named.grad_stride_outer + r % op.named.inner * op.named.grad_stride_inner];
   const float temperature = kd_temperature(op.named, r), log2_scale = static_cast<float>(1.4426950408889634 / temperature);
   const float hard = labelled ? upstream * weights.hard : 0, hard_named = hard * rest[kHardInvZ];
-  const float hard_rest = labelled ? hard_named * static_cast<float>(__builtin_exp(static_cast<double>(rest[kRestMax]) - rest[kHardMax])) : 0;
+  const float rest_to_all = static_cast<float>(__builtin_exp(static_cast<double>(rest[kRestMax]) - rest[kHardMax]));
+  const float hard_rest = labelled ? hard_named * rest_to_all : 0;
   const float soft_rest = gradient_of_rest(op, g_named, op.named.stats + r * kKdStats) * rest[kRestInvZ];
   if (labelled) {
     const vf m = set1(rest[kHardMax]);

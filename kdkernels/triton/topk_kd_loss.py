@@ -134,8 +134,8 @@ def _gradient_kernel(
             scale_hard = tl.where(has_label, tl.load(grad_hard + row), 0.0)
             top_hard, inverse_hard = tl.load(rest + row * 4 + 2), tl.load(rest + row * 4 + 3)
             address = _row(student, strides_s, row, INNER) + index * strides_s[2]
-            x = tl.load(address, mask=(index >= 0) & (index < V), other=-float("inf")).to(tl.float32)
-            g += tl.where(has_label, scale_hard * (tl.exp(x - top_hard) * inverse_hard), 0.0)
+            own = tl.load(address, mask=(index >= 0) & (index < V), other=-float("inf")).to(tl.float32)
+            g += tl.where(has_label, scale_hard * (tl.exp(own - top_hard) * inverse_hard), 0.0)
             g -= tl.where(index == label, scale_hard, 0.0)
             at_top = tl.where(inverse > 0, top, -float("inf"))
             hard = tl.where(has_label, scale_hard * (tl.exp(at_top - top_hard) * inverse_hard), 0.0)
