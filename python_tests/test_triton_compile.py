@@ -23,19 +23,20 @@ CAPABILITIES = (80, 90, 100)
 
 
 def narrow_products(kernel) -> list[str]:
-    """Lines of the kernel's intermediate code that multiply an argument, a stride or a size, in 32 bits."""
-    origin = {}  # what a value is a widened, reshaped or broadcast copy of
-    found = []
+    """Lines of the kernel's intermediate code that multiply in 32 bits what may be large: an argument (a stride or a
+    size) or the number of a program. Programs of the second axis are fewer than 2^16; a remainder is bounded anew."""
+    large, found = set(), []  # arguments and programs, and their widened, reshaped or broadcast copies
     for line in kernel.asm["ttir"].splitlines():
         defined = re.match(r"\s*(%\S+) = (\S+) (.*?) : (.*?)(?: loc|$)", line)
         if "tt.func" in line:
-            origin |= {name: "argument" for name in re.findall(r"(%\w+): i(?:32|64)", line)}
+            large |= set(re.findall(r"(%\w+): i(?:32|64)", line))
         elif defined:
-            name, operation, operands, types = defined.groups()
-            operands = re.findall(r"%[\w#]+", operands)
-            if operation in ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.extsi", "arith.trunci"):
-                origin[name] = origin.get(operands[0])
-            if operation == "arith.muli" and "i64" not in types and "argument" in map(origin.get, operands):
+            name, operation, given, types = defined.groups()
+            operands = set(re.findall(r"%[\w#]+", given))
+            copied = operation in ("tt.splat", "tt.expand_dims", "tt.broadcast", "arith.extsi", "arith.trunci")
+            if (copied and operands & large) or (operation, given) == ("tt.get_program_id", "x"):
+                large.add(name)
+            if operation == "arith.muli" and "i64" not in types and operands & large:
                 found.append(line.strip())
     return found
 
@@ -50,6 +51,12 @@ def _narrow(x, stride, out):
 def _wide(x, stride, out):
     row = tl.arange(0, 16)
     tl.store(out + row, tl.load(x + tl.program_id(0).to(tl.int64) * stride + row))
+
+
+@triton.jit
+def _narrow_blocks(x, stride, out):
+    row = tl.program_id(0) * 16 + tl.arange(0, 16)
+    tl.store(out + row, tl.load(x + row))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -88,7 +95,7 @@ def test_offsets_have_64_bits(call, option):
 
 def test_32_bit_offsets_are_seen():
     x = torch.empty(64)
-    for kernel, products in ((_narrow, 1), (_wide, 0)):
+    for kernel, products in ((_narrow, 1), (_narrow_blocks, 1), (_wide, 0)):
         (launch,) = compiled(90, lambda kernel=kernel: kernel[(4,)](x, 48, x))[kernel.fn.__name__]
         assert len(narrow_products(launch)) == products
 
