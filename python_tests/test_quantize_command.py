@@ -3,7 +3,9 @@
 import os
 import re
 import shutil
+import time
 
+import huggingface_hub
 import pytest
 import transformers
 
@@ -68,10 +70,20 @@ def test_bad_input(teacher, texts, tmp_path, monkeypatch, capsys, change, messag
     tiny.tokenizer().save_pretrained("images")
     given = {"model": teacher, "out": "out", "--text": texts, **change}
     options = [word for name, value in given.items() if name.startswith("--") for word in (name, value)]
+    capsys.readouterr()  # bars of what was saved here
     assert main(["quantize", given["model"], given["out"], *options]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_without_a_network(texts, tmp_path, monkeypatch, capsys):
+    """An answer at once, where huggingface_hub waits and tries again for 25 s; nothing listens on the port."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda _seconds: pytest.fail("it waits"))
+    assert main(["quantize", "somebody/something", str(tmp_path / "out"), "--text", texts]) == 2
+    assert "MODEL somebody/something: no such folder, and the Hub can't be reached" in capsys.readouterr().err
 
 
 def test_twice(teacher, texts, tmp_path, capsys):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
@@ -107,21 +108,32 @@ def load(model: str):
         raise ValueError(
             f"MODEL {model} has no tokenizer: save_pretrained of the tokenizer writes it to the same folder"
         )
+    cached = not folder.exists() and not _hub_answers()
     try:
-        loaded = model_class(model).from_pretrained(model).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        loaded = model_class(model, cached).from_pretrained(model, local_files_only=cached).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=cached)
     except (OSError, ValueError, SafetensorError) as error:
         if not folder.exists():
-            raise ValueError(f"MODEL {model}: no such folder, and the Hub gives no model of this name") from error
+            why = "can't be reached" if cached else "gives no model of this name"
+            raise ValueError(f"MODEL {model}: no such folder, and the Hub {why}") from error
         raise ValueError(f"MODEL {model} can't be loaded: {error}") from error
     if loaded.main_input_name != "input_ids" or loaded.config.is_encoder_decoder:
         raise ValueError(f"MODEL {model} is a {type(loaded).__name__}, which is no encoder of texts")
     return loaded, tokenizer
 
 
-def model_class(folder: str):
-    """The class that config.json names; a model of hidden states where it names none."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+def _hub_answers() -> bool:
+    """One question to the Hub: huggingface_hub asks for each file six times, in 25 s, before it gives up."""
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # of whichever HTTP library this huggingface_hub is built on
+        return False
+    return True
+
+
+def model_class(folder: str, cached: bool = False):
+    """The class that config.json names; a model of hidden states where it names none. cached: ask no Hub."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=cached)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"MODEL {folder} is quantised already")
     names = config.architectures or []
