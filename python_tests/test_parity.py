@@ -55,6 +55,21 @@ def queries_and_keys(d_s, d_t):
     return dict.fromkeys(("q_s", "k_s"), (B, H, N, d_s)), dict.fromkeys(("q_t", "k_t"), (B, H, N, d_t))
 
 
+class TestHinton:
+    """Also CoFi (T = 2) and FastBERT's branches (T = 1): KL, mean over rows; beside it the labels' cross-entropy."""
+
+    @pytest.mark.parametrize("temperature", [1.0, 2.0, 8.0])
+    def test_soft_and_hard(self, dtype, temperature):
+        def official(student_logits, teacher_logits, labels):
+            log_p, q = (student_logits / temperature).log_softmax(-1), (teacher_logits / temperature).softmax(-1)
+            soft = F.kl_div(log_p, q, reduction="batchmean") * temperature**2
+            return 0.9 * soft + 0.1 * F.cross_entropy(student_logits, labels)
+
+        labels = torch.randint(C, (7,), generator=torch.Generator().manual_seed(0))
+        ours = partial(kd_loss, temperature=temperature, alpha=0.9)
+        check(dtype, official, ours, {"student_logits": (7, C)}, {"teacher_logits": (7, C)}, labels=labels)
+
+
 class TestTinyBert:
     """Scores and states are means over padding too, and the prediction's mean is over rows x classes."""
 
@@ -301,6 +316,21 @@ class TestMobileBert:
 
         check(dtype, self.attention, ours, *self._maps())
 
+    def test_masked_language_model(self, dtype):
+        """Half of the target one-hot, half the teacher's distribution, at the masked tokens."""
+        labels = torch.where(MASK, 3, -100)
+
+        def official(student_logits, teacher_logits, labels):
+            chosen = labels != -100
+            s, t, y = student_logits[chosen], teacher_logits[chosen], labels[chosen]
+            target = 0.5 * F.one_hot(y, s.shape[-1]).to(s.dtype) + 0.5 * t.softmax(-1)
+            return -(target * s.log_softmax(-1)).sum(-1).mean()
+
+        def ours(student_logits, teacher_logits, labels):
+            return kd_loss(student_logits, teacher_logits, kind="ce", mask=labels != -100, labels=labels, alpha=0.5)
+
+        check(dtype, official, ours, {"student_logits": (B, N, C)}, {"teacher_logits": (B, N, C)}, labels=labels)
+
     @staticmethod
     def attention(student_logits, teacher_logits):
         return -(teacher_logits.softmax(-1) * student_logits.log_softmax(-1)).sum(-1).mean()
@@ -363,3 +393,21 @@ class TestTorchtune:
             return sum(sums) / (labels != -100).sum()
 
         self.check(dtype, official, self.ours("ce"))
+
+
+class TestGkd:
+    """TRL's generalised JSD: beta weighs the teacher in the mixture and in the sum; mean over labelled tokens."""
+
+    @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+    def test_jsd(self, dtype, beta):
+        def official(student_logits, teacher_logits, labels):
+            s, t = (x[labels != -100].log_softmax(-1) for x in (student_logits, teacher_logits))
+            m = torch.logsumexp(torch.stack((s + math.log(1 - beta), t + math.log(beta))), 0)
+            of_teacher, of_student = (F.kl_div(m, x, reduction="none", log_target=True) for x in (t, s))
+            return (beta * of_teacher + (1 - beta) * of_student).sum() / (labels != -100).sum()
+
+        def ours(student_logits, teacher_logits, labels):
+            return kd_loss(student_logits, teacher_logits, kind="jsd", beta=beta, mask=labels != -100)
+
+        labels = torch.where(MASK, 1, -100)
+        check(dtype, official, ours, {"student_logits": (B, N, C)}, {"teacher_logits": (B, N, C)}, labels=labels)
