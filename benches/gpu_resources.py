@@ -61,6 +61,7 @@ class Limit:
 LIMITS = {
     "kd_loss::": Limit(64),  # two blocks of 512 threads
     "normalize_rows::": Limit(128),  # a block of 512, which holds the longest rows
+    "quant_unpack::": Limit(64),  # four blocks of 256
     "quant_rows::": Limit(64),  # four blocks of 256
     "quant_few_rows::": Limit(255),  # one block of 256 threads, or two: their launch bounds say which
     "quant_linear::multiply_rows": Limit(255),  # two blocks of 128: tiles of 128 x 128 keep 128 sums a thread

@@ -11,7 +11,7 @@ from kdkernels.ops._common import KIND, REDUCTION
 
 from . import tolerance
 from .cases import of
-from .cuda_host import Host
+from .cuda_host import Host, threads_reversed
 from .sparse import far_apart
 
 KINDS, REDUCTIONS = list(KIND), list(REDUCTION)
@@ -309,11 +309,8 @@ def test_the_order_of_threads_does_not_show(host, kind, classes):
     s, t = pair(1, 5, classes, student=torch.bfloat16, teacher=torch.float16)
     options = {**extras(1, 5, classes), "kind": kind, "reduction": "mean"}
     first = host.run(s, t, **options)
-    host.reverse_threads(True)
-    try:
+    with threads_reversed(host.library):
         second = host.run(s, t, **options)
-    finally:
-        host.reverse_threads(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -17,9 +17,7 @@ TYPES = {"s": torch.int8, "u": torch.uint8, "b": torch.bfloat16, "h": torch.floa
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    library = build("instructions.cu", tmp_path_factory.mktemp("instructions"))
-    library.bank_conflicts.restype = ctypes.c_int64
-    return library
+    return build("instructions.cu", tmp_path_factory.mktemp("instructions"), int64=["bank_conflicts"])
 
 
 def place_a(i: int, lane: int, wide: bool) -> tuple[int, int]:
@@ -111,6 +109,22 @@ def test_shared_memory_that_was_not_written_is_an_error(host):
 def test_shared_memory_out_of_bounds_is_an_error(host):
     with pytest.raises(RuntimeError, match="out of bounds"):
         run_ldmatrix(host, 4, skew=1)
+
+
+def read_each_other(host, barrier=True, further=0):
+    out = torch.zeros(64, dtype=torch.int32)
+    check(host, host.run_read_each_other(ctypes.c_void_p(out.data_ptr()), barrier, further))
+    return out
+
+
+def test_a_kernel_with_a_fault_is_an_error(host):
+    """The same kernel, right, without its barrier, and with an index too far to either side."""
+    assert torch.equal(read_each_other(host), (torch.arange(64) + 32) % 64)
+    with pytest.raises(RuntimeError, match="read before it was written"):
+        read_each_other(host, barrier=False)
+    for further in (1, -1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            read_each_other(host, further=further)
 
 
 def run_cp_async(host, hasty):

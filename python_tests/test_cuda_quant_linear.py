@@ -9,6 +9,7 @@ from kdkernels.ops.quant_linear import ACTIVATION
 from kdkernels.quant import Scheme, linear, pack
 from kdkernels.reference.quant_linear import quantize_rows
 
+from .cuda_host import PLACES, threads_reversed
 from .cuda_host.quant_linear import Host
 from .test_quant_linear import SCHEMES, assert_close, draw, magnitude, name
 
@@ -34,7 +35,7 @@ def host(tmp_path_factory):
     return Host(tmp_path_factory.mktemp("quant_linear"))
 
 
-@pytest.fixture(params=["host", "gpu"] if torch.cuda.is_available() else ["host"])
+@pytest.fixture(params=PLACES)
 def device(request):
     return request.getfixturevalue("host") if request.param == "host" else Gpu()
 
@@ -62,6 +63,20 @@ def test_weight_only(device, scheme):
         assert_close(got, truth, magnitude(x, packed, bias, residual), 1e-6 + rounding)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY, ids=name)
+def test_weight_only_of_many_rows(device, scheme, dtype):
+    """The product of weights rounded to x's type, and no further from the truth than such a product of torch's is."""
+    for columns, features in ((40, 9), (99, 70)):
+        x, weight, bias, residual = draw(257, columns, features)
+        x = (x / x.abs().amax(1, keepdim=True)).to(dtype)
+        packed = pack(weight, scheme)
+        got = device.linear(x, packed, bias, activation="relu", residual=residual)
+        product = x.float() @ packed.dequantize(dtype).float().T
+        rounding = 2 * torch.finfo(dtype).eps * (product.abs() + bias.abs() + residual.abs())
+        assert ((got - (torch.relu(product + bias) + residual)).abs() <= rounding + 1e-5).all()
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_weight_only_sums_in_any_order_of_threads(host, bits):
     """Rows in any strides; the same bits whichever thread goes first, with columns split among blocks too."""
@@ -71,11 +86,8 @@ def test_weight_only_sums_in_any_order_of_threads(host, bits):
     expected = host.linear(rows, packed)
     for strided in (rows.T.contiguous().T, rows.repeat_interleave(2, 0)[::2]):
         assert torch.equal(host.linear(strided, packed), expected)
-    host.library.host_reverse_threads(True)
-    try:
+    with threads_reversed(host.library):
         assert torch.equal(host.linear(rows, packed), expected)
-    finally:
-        host.library.host_reverse_threads(False)
 
 
 @pytest.mark.parametrize("bits", [8, 2])
@@ -114,11 +126,8 @@ def test_integer_sums_are_exact(host, bits, tile, reverse):
     """To the bit, whichever thread goes first; of the small tile's four groups of warps, two have a turn less."""
     x, packed, expected = extremes(bits, 133 if tile > 32 else 37, 400 if tile > 32 else 1100, 75)
     conflicts = host.library.host_bank_conflicts()
-    host.library.host_reverse_threads(reverse)
-    try:
+    with threads_reversed(host.library, reverse):
         assert torch.equal(host.linear(x, packed, tile=tile), expected)
-    finally:
-        host.library.host_reverse_threads(False)
     assert host.library.host_bank_conflicts() == conflicts
 
 
@@ -127,11 +136,8 @@ def test_integer_sums_are_exact(host, bits, tile, reverse):
 def test_integer_sums_of_few_rows_are_exact(host, bits, reverse):
     """Each warp has columns of its own, and two blocks share them."""
     x, packed, expected = extremes(bits, 11, 1100, 70)
-    host.library.host_reverse_threads(reverse)
-    try:
+    with threads_reversed(host.library, reverse):
         assert torch.equal(host.linear(x, packed), expected)
-    finally:
-        host.library.host_reverse_threads(False)
 
 
 @pytest.mark.parametrize("columns", [1, 33, 1024, 1500, 9000])

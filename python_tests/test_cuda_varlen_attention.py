@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from kdkernels import reference
 
+from .cuda_host import PLACES, threads_reversed
 from .cuda_host.varlen_attention import Host
 from .test_guard_pages import beside_a_guard
 from .test_varlen_attention import attention, draw
@@ -40,7 +41,7 @@ def host(tmp_path_factory):
     return Host(tmp_path_factory.mktemp("varlen_attention"))
 
 
-@pytest.fixture(params=["host", "gpu"] if torch.cuda.is_available() else ["host"])
+@pytest.fixture(params=PLACES)
 def device(request):
     return request.getfixturevalue("host") if request.param == "host" else Gpu()
 
@@ -134,11 +135,8 @@ def test_output_in_the_place_of_the_queries(host):
 def test_the_order_of_threads_does_not_show(host):
     arguments = draw((100, 3, 150), 2, 16)
     expected = host.attention(*arguments)
-    host.library.host_reverse_threads(True)
-    try:
+    with threads_reversed(host.library):
         assert torch.equal(host.attention(*arguments), expected)
-    finally:
-        host.library.host_reverse_threads(False)
 
 
 def test_a_sequence_does_not_see_the_others(device):

@@ -1,4 +1,5 @@
-// quant_linear on CUDA where time is the weights' bytes: 8-bit activations of few rows, and weight-only schemes of any number of rows.
+// quant_linear on CUDA where time is the weights' bytes: 8-bit activations of few rows, and weight-only schemes (of many rows in 16
+// bits: quant_unpack.cu).
 //
 // A block of 8 warps has one panel of 64 output features and 16 or 32 rows; its warps take turns at 128 columns each, and where panels are
 // few, the columns are split among blocks too. Weights go from memory into the registers that multiply them: the order of columns within

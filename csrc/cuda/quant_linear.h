@@ -57,4 +57,10 @@ bool quant_few_rows_serves(const QuantLinear& op, bool quantized);
 int64_t quant_few_rows_bytes(const QuantLinear& op, bool quantized);
 int quant_few_rows(const QuantLinear& op, bool quantized, float* sums, void* stream);
 
+// Weight-only products of many rows in 16 bits (quant_unpack.cu): weights to [rows, columns] of bf16 or fp16, for a product that is not
+// ours, and from that, [rows, weights.rows] contiguous in x's type, to the output.
+bool quant_unpack_serves(const QuantLinear& op);
+int quant_unpack(const QuantWeights& weights, DType dtype, void* out, void* stream);
+int quant_finish(const QuantLinear& op, const void* product, void* stream);
+
 }  // namespace kd::cuda

@@ -1,4 +1,5 @@
-// quant_linear for CUDA tensors: rows of activations to 8 bits, unless the weight is alone, then products, on torch's current stream.
+// quant_linear for CUDA tensors: rows of activations to 8 bits, unless the weight is alone, then products, on torch's current stream; of
+// many rows with a weight alone torch's.
 // Preparing a weight is the host's work and waits for the device, once, when a weight is loaded.
 #include "quant_linear_cuda.h"
 #include "stream.h"
@@ -34,6 +35,13 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor>
     op.a_scale = static_cast<float*>(scales.mutable_data_ptr());
     op.a_sums = w.zeros ? static_cast<int32_t*>(sums.mutable_data_ptr()) : nullptr;
     check_status(cuda::quantize_rows(op, stream), "quant_linear");
+  }
+  if (!quantize && cuda::quant_unpack_serves(op)) {
+    Tensor unpacked = new_empty(x, {w.rows, w.columns}, x.scalar_type());
+    check_status(cuda::quant_unpack(w, op.x.dtype, unpacked.mutable_data_ptr(), stream), "quant_linear");
+    const Tensor product = torch::stable::matmul(x, torch::stable::transpose(unpacked, 0, 1));
+    check_status(cuda::quant_finish(op, product.const_data_ptr(), stream), "quant_linear");
+    return out;
   }
   if (!cuda::quant_few_rows_serves(op, quantize)) {
     check_status(cuda::quant_linear(op, stream), "quant_linear");

@@ -13,7 +13,8 @@ def linear(x, packed, bias=None, *, activation=None, residual=None, input_scale=
     """activation(x W^T + bias) + residual, for inference.
 
     With 8-bit activations each row of x is quantised by its own largest magnitude, and products add up exactly in
-    int32; weight-only schemes multiply in float32. NaN and Inf in a row stay in that row, as in a float layer. On a GPU
+    int32; weight-only schemes multiply in float32, but for more than 256 rows in 16 bits on a GPU, where products are
+    torch's of weights rounded to x's dtype. NaN and Inf in a row stay in that row, as in a float layer. On a GPU
     above sm_90a, or where KDKERNELS_CUDA_PRODUCTS=bf16 asks for it, products are torch's of weights and activations
     rounded to bfloat16, and input_scale is not needed (`kdkernels.explain` says so).
 

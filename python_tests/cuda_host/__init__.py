@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from kdkernels.ops._common import KIND, REDUCTION
 
 HERE = Path(__file__).parent
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PLACES = ["host", "gpu"] if torch.cuda.is_available() else ["host"]  # where the tests of a kernel's values run it
 GUARD = 64  # elements of NaN before and after every output
 
 
@@ -84,10 +86,11 @@ FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC
          "-fsanitize=undefined", "-fno-sanitize-recover=all")  # fmt: skip
 
 
-def build(source: str, folder: Path, *others: str) -> ctypes.CDLL:
+def build(source: str, folder: Path, *others: str, int64=(), structs=()) -> ctypes.CDLL:
     """Files of this folder, which include kernels, compiled for the CPU. Undefined behaviour ends the process.
 
-    Where the machine can, products are fused into additions, as nvcc does.
+    Where the machine can, products are fused into additions, as nvcc does. Functions of the names in `int64` return
+    one, and host_sizeof_NAME of {NAME: struct} says that the struct here is as large as theirs.
     """
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -110,7 +113,23 @@ def build(source: str, folder: Path, *others: str) -> ctypes.CDLL:
     subprocess.run(list(map(str, command)), check=True)
     host = ctypes.CDLL(str(library))
     host.host_status_text.restype = ctypes.c_char_p
+    for name in int64:
+        getattr(host, name).restype = ctypes.c_int64
+    for name, struct in dict(structs).items():
+        size = getattr(host, f"host_sizeof_{name}")
+        size.restype = ctypes.c_int64
+        assert size() == ctypes.sizeof(struct)
     return host
+
+
+@contextmanager
+def threads_reversed(host: ctypes.CDLL, reverse: bool = True):
+    """Inside, the threads of a block run in descending order, unless not `reverse`."""
+    host.host_reverse_threads(reverse)
+    try:
+        yield
+    finally:
+        host.host_reverse_threads(False)
 
 
 def check(host: ctypes.CDLL, status: int) -> None:
@@ -123,10 +142,7 @@ class Host:
     """kd_loss's kernels on the CPU."""
 
     def __init__(self, folder: Path):
-        self.library = build("driver.cpp", folder)
-        self.library.host_sizeof_kd_loss.restype = ctypes.c_int64
-        self.library.host_workspace_bytes.restype = ctypes.c_int64
-        assert self.library.host_sizeof_kd_loss() == ctypes.sizeof(KdLoss)
+        self.library = build("driver.cpp", folder, int64=["host_workspace_bytes"], structs={"kd_loss": KdLoss})
 
     def _check(self, status: int) -> None:
         check(self.library, status)
@@ -166,10 +182,6 @@ class Host:
     def diverge(self, at: str) -> None:
         """Runs a kernel whose threads never all meet at a "barrier" or a "shuffle"; raises."""
         self._check(self.library.host_diverge(int(at == "shuffle")))
-
-    def reverse_threads(self, reverse: bool) -> None:
-        """From now on the threads of a block run in descending order, or again in ascending order."""
-        self.library.host_reverse_threads(reverse)
 
     def to_float(self, x):
         out = torch.empty(x.shape)

@@ -62,11 +62,8 @@ class Host(quant_linear.Host):
     attention = varlen_attention.Host.attention
 
     def __init__(self, folder: Path):
-        super().__init__(folder, "encoder.cu")
-        for name in ("host_sizeof_normalize_rows", "host_sizeof_encoder", "host_encoder_workspace_bytes"):
-            getattr(self.library, name).restype = ctypes.c_int64
-        assert self.library.host_sizeof_normalize_rows() == ctypes.sizeof(NormalizeRows)
-        assert self.library.host_sizeof_encoder() == ctypes.sizeof(Encoder)
+        structs = {"normalize_rows": NormalizeRows, "encoder": Encoder}
+        super().__init__(folder, "encoder.cu", int64=["host_encoder_workspace_bytes"], structs=structs)
 
     def normalize_rows(self, x, residual, weight, bias, eps, packed=None, in_use=None):
         """out, and where `packed` shall read it codes, scales and sums."""

@@ -84,6 +84,14 @@ __global__ void vote(const bool* votes, uint32_t* out) {
   out[threadIdx.x * 4 + 3] = __shfl_sync(0xffffffffu, threadIdx.x, (threadIdx.x + 5) % 32);
 }
 
+// Each warp reads what the other wrote: too early without the barrier, beside the memory where `further` is not 0.
+__global__ void read_each_other(uint32_t* out, int barrier, int further) {
+  uint32_t* shared = reinterpret_cast<uint32_t*>(dynamic_shared());
+  shared[threadIdx.x] = threadIdx.x;
+  if (barrier) __syncthreads();
+  out[threadIdx.x] = load_shared<uint32_t>(shared + (threadIdx.x + 32) % 64 + further);
+}
+
 // Half of the warp multiplies while the other half loads.
 __global__ void part_ways(uint32_t* out) {
   uint32_t a[4] = {}, b[2] = {};
@@ -141,6 +149,9 @@ int run_pack(int is_half, const float* in, uint32_t* out) {
 }
 
 int run_vote(const bool* votes, uint32_t* out) { return launch(vote, 1, 32, nullptr, votes, out); }
+int run_read_each_other(uint32_t* out, int barrier, int further) {
+  return launch_shared(read_each_other, 1, 64, 64 * sizeof(uint32_t), nullptr, out, barrier, further);
+}
 int run_part_ways(uint32_t* out) { return launch(part_ways, 1, 32, nullptr, out); }
 
 #ifndef __CUDACC__

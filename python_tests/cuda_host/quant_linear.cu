@@ -3,6 +3,7 @@
 #include "../../csrc/cuda/quant_linear.cu"
 #include "../../csrc/cuda/quant_prepare.cu"
 #include "../../csrc/cuda/quant_rows.cu"
+#include "../../csrc/cuda/quant_unpack.cu"
 
 namespace kd::cuda {
 namespace {
@@ -51,6 +52,9 @@ int host_quant_linear(const QuantLinear* op, int tile) {
 
 bool host_few_rows_serves(const QuantLinear* op, bool quantized) { return cuda::quant_few_rows_serves(*op, quantized); }
 int64_t host_few_rows_bytes(const QuantLinear* op, bool quantized) { return cuda::quant_few_rows_bytes(*op, quantized); }
+bool host_unpack_serves(const QuantLinear* op) { return cuda::quant_unpack_serves(*op); }
+int host_unpack(const QuantLinear* op, void* out) { return cuda::quant_unpack(op->weights, op->x.dtype, out, nullptr); }
+int host_finish(const QuantLinear* op, const void* product) { return cuda::quant_finish(*op, product, nullptr); }
 int host_few_rows(const QuantLinear* op, bool quantized, float* sums) { return cuda::quant_few_rows(*op, quantized, sums, nullptr); }
 
 }  // extern "C"

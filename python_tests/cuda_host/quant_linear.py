@@ -58,12 +58,12 @@ def _rows(x: torch.Tensor) -> RowsView:
 class Host:
     """The kernels, on [rows, features] tensors."""
 
-    def __init__(self, folder: Path, *others: str):
-        self.library = build("quant_linear.cu", folder, *others)
-        for name in ("host_sizeof_quant_linear", "host_prepare", "host_bank_conflicts", "host_few_rows_bytes"):
-            getattr(self.library, name).restype = ctypes.c_int64
-        self.library.host_few_rows_serves.restype = ctypes.c_bool
-        assert self.library.host_sizeof_quant_linear() == ctypes.sizeof(QuantLinear)
+    def __init__(self, folder: Path, *others: str, int64=(), structs=()):
+        int64 = ("host_prepare", "host_bank_conflicts", "host_few_rows_bytes", *int64)
+        structs = {"quant_linear": QuantLinear, **dict(structs)}
+        self.library = build("quant_linear.cu", folder, *others, int64=int64, structs=structs)
+        for name in ("host_few_rows_serves", "host_unpack_serves"):
+            getattr(self.library, name).restype = ctypes.c_bool
 
     def prepare(self, packed) -> tuple[QuantLinear, torch.Tensor]:
         """A call with its weights, and the memory that they are in."""
@@ -105,7 +105,12 @@ class Host:
         op.activation = ACTIVATION[activation]
         out = Guarded((len(x), packed.shape[0]), x.dtype)
         op.out = _pointer(out.tensor)
-        if tile is None and self.library.host_few_rows_serves(ctypes.byref(op), quantized):
+        if not quantized and self.library.host_unpack_serves(ctypes.byref(op)):
+            unpacked = Guarded(packed.shape, x.dtype)
+            check(self.library, self.library.host_unpack(ctypes.byref(op), _pointer(unpacked.tensor)))
+            product = x @ unpacked.finished().T
+            status = self.library.host_finish(ctypes.byref(op), _pointer(product))
+        elif tile is None and self.library.host_few_rows_serves(ctypes.byref(op), quantized):
             of_splits = Guarded((self.library.host_few_rows_bytes(ctypes.byref(op), quantized) // 4,), torch.float32)
             status = self.library.host_few_rows(ctypes.byref(op), quantized, _pointer(of_splits.tensor))
             of_splits.finished()

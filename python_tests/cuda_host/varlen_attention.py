@@ -29,10 +29,8 @@ class Host:
     """The kernel, on [tokens, heads * size] tensors."""
 
     def __init__(self, folder: Path):
-        self.library = build("varlen_attention.cu", folder)
-        for name in ("host_sizeof_varlen_attention", "host_bank_conflicts"):
-            getattr(self.library, name).restype = ctypes.c_int64
-        assert self.library.host_sizeof_varlen_attention() == ctypes.sizeof(VarlenAttention)
+        structs = {"varlen_attention": VarlenAttention}
+        self.library = build("varlen_attention.cu", folder, int64=["host_bank_conflicts"], structs=structs)
 
     def attention(self, q, k, v, cu_seqlens, heads, scale, out_dtype=None, in_place=False):
         """The op kdkernels::varlen_attention; NaN in rows that were not written, where q is not overwritten."""
