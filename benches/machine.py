@@ -43,7 +43,8 @@ def installed(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "+dirty" where tracked files differ from it."""
+    """The commit of the checkout, with "+dirty" where tracked files differ from it; what KDKERNELS_COMMIT says where
+    the files came without their history."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -52,5 +53,5 @@ def commit() -> str:
             ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("KDKERNELS_COMMIT", "unknown")
     return head.stdout.strip() + ("+dirty" if changed.stdout.strip() else "")

@@ -95,6 +95,15 @@ def unpacks(device: torch.device) -> str:
     return f"compute capability {major}.{minor}, above sm_90a" if major > _NEWEST else ""
 
 
+def _isa() -> str:
+    """The CPU kernels' instruction set and why; `_native`, which knows, may be of another Python than the libraries."""
+    try:
+        from . import _native
+    except ImportError:
+        return "(_native, which knows of which instruction set, was not built for this Python)"
+    return f"{_native.isa()} ({_native.isa_reason()})"
+
+
 def explain(model: torch.nn.Module | None = None) -> dict:
     """Which implementation serves each op on each device and why: {op: {device: text}}.
 
@@ -104,7 +113,6 @@ def explain(model: torch.nn.Module | None = None) -> dict:
         from .quant.quantize import explain as explain_model
 
         return explain_model(model)
-    from . import _native
 
     def on_cuda(family: str) -> str:
         if missing := _MISSING_ON_CUDA[family]:
@@ -114,7 +122,7 @@ def explain(model: torch.nn.Module | None = None) -> dict:
                 return f"torch's bf16 products of unpacked weights: {why}"
         return "Triton" if family in _TRITON_FAMILIES else "CUDA C++"
 
-    isa = f"C++ {_native.isa()} ({_native.isa_reason()})"
+    isa = f"C++ {_isa()}"
     other = "reference (torch)"
     rest = "float64, torch.func, other devices"
     return {op: {"cpu": isa, "cuda": on_cuda(op), rest: other} for op in ops.FAMILIES}

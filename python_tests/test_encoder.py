@@ -12,8 +12,8 @@ from kdkernels.quant.architectures import Block
 from kdkernels.quant.encoder import run_block, run_blocks, why_not_fused
 from kdkernels.quant.modules import QuantLinear
 
+from .isa import PRESENT, on_isa
 from .test_guard_pages import beside_a_guard
-from .test_quant_linear import ISAS, on_isa
 
 SCHEMES = [
     Scheme(),
@@ -107,9 +107,9 @@ def check_guards() -> None:
             torch.ops.kdkernels.encoder(*given)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", PRESENT)
 def test_values_and_memory_on(isa):
-    on_isa(isa, "from python_tests import test_encoder as t\nt.check_values(); t.check_guards()")
+    on_isa(isa, "test_encoder", "t.check_values(); t.check_guards()")
 
 
 @torch.no_grad()

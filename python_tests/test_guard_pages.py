@@ -6,24 +6,20 @@ with the forbidden page behind the inputs and before them, in one process for ea
 
 import ctypes
 import mmap
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import kdkernels
-from kdkernels import _native
 
 from .case import evaluate
 from .cases import CASES
+from .isa import PRESENT, in_a_process
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
 # Rows of one 16-bit type are read as they are, mixed ones through a copy.
 DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float16)]
-ISAS = [isa for isa, supported in _native.isas().items() if supported]
 
 
 def beside_a_guard(x: torch.Tensor, side: str) -> torch.Tensor:
@@ -56,12 +52,7 @@ def run_all() -> None:
                 evaluate(getattr(kdkernels.functional, case.op), call)
 
 
-def in_a_process(code: str, isa: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "KDKERNELS_CPU_ISA": isa}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-
-
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", PRESENT)
 def test_kernels_touch_nothing_beside_their_inputs(isa):
     done = in_a_process("from python_tests.test_guard_pages import run_all; run_all()", isa)
     assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]}\n{done.stderr[-2000:]}"

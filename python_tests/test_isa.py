@@ -7,15 +7,13 @@ process runs on has them in test_values.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from kdkernels import _native
+import kdkernels
 
-ROOT = Path(__file__).parent.parent
-PRESENT = [name for name, supported in _native.isas().items() if supported]
-ABSENT = [name for name, supported in _native.isas().items() if not supported]
+from .isa import ABSENT, OWN, PRESENT, ROOT, SETS
+
 USE = """
 import torch, kdkernels
 print(kdkernels.explain()["kd_loss"]["cpu"])
@@ -33,7 +31,7 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("isa", [isa for isa in PRESENT if isa != _native.isa()])
+@pytest.mark.parametrize("isa", [isa for isa in PRESENT if isa != OWN])
 def test_values_on(isa):
     done = run(
         isa,
@@ -67,5 +65,12 @@ def test_impossible(isa):
 
 
 def test_every_kernel_set_is_built():
-    assert set(_native.isas()) >= {"generic"}
+    assert {*SETS} >= {"generic"}
     assert "generic" in PRESENT
+
+
+def test_libraries_carried_to_another_python_work(monkeypatch):
+    """There `_native` does not import."""
+    monkeypatch.delattr(kdkernels, "_native", raising=False)
+    monkeypatch.setitem(sys.modules, "kdkernels._native", None)
+    assert all("not built for this Python" in devices["cpu"] for devices in kdkernels.explain().values())

@@ -13,8 +13,8 @@ import kdkernels
 
 from .case import evaluate, upstream
 from .cases import CASES
+from .isa import PRESENT, in_a_process
 from .sparse import far_apart
-from .test_guard_pages import ISAS, in_a_process
 
 SMALL = 7000
 # Where terms cancel, rounding is all that a gradient holds.
@@ -62,7 +62,7 @@ def flat(result) -> list[torch.Tensor]:
     return [result[0], *result[1]]
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", PRESENT)
 def test_cpu_kernels(isa):
     done = in_a_process("from python_tests.test_offsets import run_all; run_all()", isa)
     assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]}\n{done.stderr[-2000:]}"

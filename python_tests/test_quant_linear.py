@@ -1,24 +1,19 @@
 """Quantised linears: every scheme on every ISA against the reference, integer sums to the bit, what is not finite,
 torch.compile, threads, memory beside the inputs."""
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-from kdkernels import _native, reference
+from kdkernels import reference
 from kdkernels.ops.quant_linear import ACTIVATION
 from kdkernels.quant import Scheme, linear, pack
 from kdkernels.reference.quant_linear import quantize_rows
 
+from .isa import OWN, PRESENT, on_isa
 from .test_guard_pages import beside_a_guard
 
-ROOT = Path(__file__).parent.parent
-ISAS = [name for name, supported in _native.isas().items() if supported]
 SIZES = {"channel": None, "out": 6, "in": 10, "block": 64}
 SCHEMES = [
     Scheme(bits, group, SIZES[group], symmetric, activation_bits)
@@ -104,40 +99,25 @@ def check_guards() -> None:
                     )
 
 
-def on_isa(isa: str, code: str) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import torch; torch.set_num_threads(1)\nfrom python_tests import test_quant_linear as t\n{code}",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "KDKERNELS_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
 def test_scheme(scheme):
     check_scheme(scheme)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != _native.isa()])
+@pytest.mark.parametrize("isa", [isa for isa in PRESENT if isa != OWN])
 def test_schemes_on(isa):
-    on_isa(isa, "for scheme in t.SCHEMES: t.check_scheme(scheme)")
+    on_isa(isa, "test_quant_linear", "for scheme in t.SCHEMES: t.check_scheme(scheme)")
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", PRESENT)
 def test_integer_sums_are_exact_on(isa):
-    on_isa(isa, "t.check_integers()")
+    on_isa(isa, "test_quant_linear", "t.check_integers()")
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", PRESENT)
 def test_memory_beside_the_inputs_on(isa):
-    on_isa(isa, "t.check_guards()")
+    on_isa(isa, "test_quant_linear", "t.check_guards()")
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -324,10 +304,12 @@ def test_the_op_protects_memory():
         op(x, packed.prepared, None, None, 7, 0, True, 0.0)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", PRESENT)
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_raw_kernel(isa, scheme):
     """What microbenchmarks time computes the same."""
+    from kdkernels import _native
+
     x, weight, bias, _ = draw(70, 96, 130)
     packed = pack(weight, scheme)
     call = _native.QuantLinearCall(isa, x.numpy(), packed.blob.numpy(), activation=ACTIVATION["gelu"])

@@ -5,8 +5,8 @@ import torch
 
 from kdkernels import reference
 
+from .isa import PRESENT, on_isa
 from .test_guard_pages import beside_a_guard
-from .test_quant_linear import ISAS, on_isa
 
 # Lengths of the sequences, heads, size of a head: empty ones, one token, more than a block of queries or of keys.
 SHAPES = [((5,), 2, 16), ((1, 0, 300, 97), 3, 20), ((128, 128), 2, 64), ((0,), 1, 8), ((), 1, 8), ((17, 3), 1, 5)]
@@ -48,9 +48,9 @@ def check_guards() -> None:
                 attention(*(beside_a_guard(x, side) for x in (q, k, v, cumulative)), *rest)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", PRESENT)
 def test_values_and_memory_on(isa):
-    on_isa(isa, "from python_tests import test_varlen_attention as t\nt.check_values(); t.check_guards()")
+    on_isa(isa, "test_varlen_attention", "t.check_values(); t.check_guards()")
 
 
 def test_strides_are_followed():
