@@ -27,7 +27,7 @@ import kdkernels
 LIBRARY = Path(kdkernels.__file__).parent / "libkdkernels_cuda.so"
 ARCHITECTURES = ("sm_80", "sm_90a")  # what the report compares Triton's kernels on too
 KINDS = ("cuda", "triton")
-WARP, RESERVED_SHARED = 32, 1024  # threads; bytes that the system takes of each block's shared memory
+WARP, RESERVED_SHARED = 32, 1024  # threads; bytes that the system takes of each block's shared memory, from sm_80 on
 REGISTERS, REGISTERS_AT_ONCE = 65536, 256  # of a multiprocessor; a warp's come in multiples
 
 
@@ -132,7 +132,7 @@ def of_library(path: Path = LIBRARY) -> list[Kernel]:
     found = []
     for arch, symbol, registers, stack, shared in _resources(path):
         name, variant = _readable(symbol)
-        dynamic = _dynamic_shared(name, variant)
+        dynamic = _dynamic_shared(name, variant, _capability(arch))
         found.append(
             _kernel(path, symbol, name, variant, arch, threads[arch, symbol], registers, stack, shared + dynamic)
         )
@@ -172,7 +172,8 @@ def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
     warps = -(-threads // WARP)
     of_warp = -(-registers * WARP // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
     by_registers = REGISTERS // of_warp // warps
-    by_shared = holds.shared // (shared + RESERVED_SHARED)
+    of_block = shared + (RESERVED_SHARED if _capability(arch) >= 80 else 0)
+    by_shared = holds.shared // of_block if of_block else holds.blocks
     return min(holds.blocks, holds.warps // warps, by_registers, by_shared) * warps / holds.warps
 
 
@@ -253,16 +254,18 @@ def _readable(symbol: str) -> tuple[str, str]:
     return f"{source}::{kernel}", (arguments or "").replace(" >", ">")
 
 
-def _dynamic_shared(name: str, variant: str) -> int:
+def _dynamic_shared(name: str, variant: str, capability: int) -> int:
     """Bytes that a launch adds; the binary does not say."""
-    shape = re.sub(r"Shape<(.*)>", r"\1", variant).split(", ")  # kSharedBytes of the sources
+    shape = re.sub(r"Shape<(.*)>", r"\1", variant).split(", ")  # kSharedBytes, or shared_bytes, of the sources
+    sm80 = capability >= 80
     if name == "quant_linear::multiply_rows":
         bits, m, n, groups = map(int, shape[:4])
         tile = 64 * 64 * bits // 8 + (128 if bits < 8 else 0)
-        return groups * max(4 * (m * 64 + n // 64 * tile), m * (n + 8) * 4)
+        return groups * max((4 if sm80 else 2) * (m * 64 + n // 64 * tile), (m if sm80 else 32) * (n + 8) * 4)
     if name == "quant_few_rows::multiply":
         return 4 * 16 * int(shape[3]) * (64 + 8) * 4
-    return 4 * 64 * (2 * int(shape[1]) + 16) if name == "varlen_attention::attend" else 0
+    stages = 2 if sm80 else 1
+    return stages * 2 * 64 * (2 * int(shape[1]) + 16) if name == "varlen_attention::attend" else 0
 
 
 def _cuobjdump(*arguments) -> str:

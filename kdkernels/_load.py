@@ -27,6 +27,7 @@ _TRITON_FAMILIES = (
     "relation_kl",
     "topk_kd_loss",
 )
+_BF16_PRODUCTS = ("encoder", "quant_linear", "varlen_attention")  # of bfloat16 and float32 tensors, in CUDA C++
 _ON_KD_LOSS = ("topk_kd_loss",)  # which call kd_loss, on CUDA its CUDA C++
 _PRODUCTS = "KDKERNELS_CUDA_PRODUCTS"
 _NEWEST = 9  # the compute capability up to which products of 8-bit integers are written; above, tensor cores are others
@@ -120,6 +121,8 @@ def explain(model: torch.nn.Module | None = None) -> dict:
         if family in ("encoder", "quant_linear") and torch.cuda.is_available():
             if why := unpacks(torch.device("cuda", torch.cuda.current_device())):
                 return f"torch's bf16 products of unpacked weights: {why}"
+        if family in _BF16_PRODUCTS and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+            return "CUDA C++ (before sm_80 float products are on tensor cores in float16 alone)"
         return "Triton" if family in _TRITON_FAMILIES else "CUDA C++"
 
     isa = f"C++ {_isa()}"

@@ -320,6 +320,11 @@ def test_the_host_reports_threads_that_never_meet(host, at):
         host.diverge(at)
 
 
+def test_a_gpu_that_has_no_code_is_an_error_in_words(host):
+    """cudaErrorNoKernelImageForDevice, which a launch returns there."""
+    assert "not built for this GPU" in host.library.host_status_text(209).decode()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_host_converts_as_torch_does(host, dtype):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)

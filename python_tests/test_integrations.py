@@ -288,6 +288,15 @@ def test_explain_names_what_the_reference_serves():
     assert all(any("torch.func" in device for device in devices) for devices in explain().values())
 
 
+@pytest.mark.skipif(not explain()["encoder"]["cuda"].startswith("CUDA C++"), reason="the CUDA library was not built")
+@pytest.mark.parametrize(("capability", "told"), [((7, 5), True), ((8, 0), False)])
+def test_explain_says_what_turing_lacks(monkeypatch, capability, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert ("in float16 alone" in explain()["quant_linear"]["cuda"]) == told
+
+
 # Modules and threads
 
 

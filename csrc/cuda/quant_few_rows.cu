@@ -9,7 +9,8 @@
 // Weight-only: weights are integers that bf16 and fp16 hold exactly, and products add up in fp32, so only the activations' own type rounds.
 // Scales come behind the sums, so activations beyond 2^120 would overflow before them.
 // Where x is float32, or multiplied by scales of columns, it is the sum of three bf16, exactly, and there are three products. This way
-// serves zeros, scales that change along the columns, and x in any strides too.
+// serves zeros, scales that change along the columns, and x in any strides too. On sm_75, which has no products of bf16, float takes
+// the place of both, without tensor cores.
 //
 // Warps' sums are added in a tree, splits' in order by a second kernel: the same bits on every run.
 //
@@ -34,14 +35,18 @@ constexpr int kEnoughBlocks = 264;            // for two on each multiprocessor 
 constexpr int kAddThreads = 128;
 constexpr int kManyTiles = 2;                 // of 16 rows, where there are more than 16: they share the unpacked weights
 
-// T: what is multiplied, x as kParts of it; kSegments: scales change along the columns, zeros may.
+// T: what is multiplied, x as kParts of it; kSegments: scales change along the columns, zeros may. float is for GPUs that lack bf16.
 template <int kBits_, class T_, int kParts_, int kRowTiles_, bool kSegments_ = false>
 struct Shape {
   using T = T_;
   static constexpr int kBits = kBits_, kParts = kParts_, kRowTiles = kRowTiles_, kRows = kRowTiles * 16;
-  static constexpr bool kSegments = kSegments_, kInteger = std::is_same<T, int8_t>::value;
+  static constexpr bool kSegments = kSegments_, kInteger = std::is_same<T, int8_t>::value, kFloat = std::is_same<T, float>::value;
+  static constexpr bool kAnyX = kParts > 1 || kFloat;  // of any type and strides
+  static constexpr bool kRuns = kFloat ? !kSm80 : kSm80 || !std::is_same<T, __nv_bfloat16>::value;
   using Sum = typename std::conditional<kInteger, int32_t, float>::type;
-  static constexpr int kBlocks = kParts * kRowTiles == 1 && kBits < 8 ? 2 : 1;  // that a multiprocessor shall hold
+  using A = typename std::conditional<kFloat, float[4][2], uint32_t[4]>::type;  // operands of one product
+  using B = typename std::conditional<kFloat, float[2][2], uint32_t[2]>::type;
+  static constexpr int kBlocks = kParts * kRowTiles == 1 && kBits < 8 && !kFloat ? 2 : 1;  // that a multiprocessor shall hold
   static constexpr int kGroupsAtOnce = kInteger ? 2 : 1;  // of a product: 32 columns or 16, a quarter per lane
   static constexpr int kSharedBytes = kWarps / 2 * kRows * kSumStride * 4;
 };
@@ -115,14 +120,22 @@ __device__ Step unpack_step(uint32_t both) {
   const uint32_t step = both & ((1u << (8 - S::kBits)) - 1), zero = (both >> (8 - S::kBits)) + (1u << (S::kBits - 1));
   const uint32_t offset = step * zero >> 1;
   if constexpr (S::kInteger) return {step, (128u - offset) * 0x01010101u};
+  if constexpr (S::kFloat) return {step, offset};
   const float minus = -static_cast<float>(offset);
   return {pair<typename S::T>(step, step), pair<typename S::T>(minus, minus)};
 }
 
-// The operand b of a product from group s on. Of 16-bit floats the first register has the group's columns 0 and 2, the second 1 and 3.
+// The operand b of a product from group s on. Of floats the first register has the group's columns 0 and 2, the second 1 and 3.
 template <class S>
-__device__ void load_b(const Codes<S::kBits>& codes, const Step& step, int s, uint32_t (&b)[2]) {
-  if constexpr (S::kInteger) {
+__device__ void load_b(const Codes<S::kBits>& codes, const Step& step, int s, typename S::B& b) {
+  if constexpr (S::kFloat) {
+    const uint32_t word = codes.group(s);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t code = word >> 8 * k & 0xff;
+      b[k % 2][k / 2] = S::kBits == 8 ? static_cast<int8_t>(code) : static_cast<int32_t>(code * step.step - step.offset);
+    }
+  } else if constexpr (S::kInteger) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) b[i] = S::kBits == 8 ? codes.group(s + i) : scale_codes(codes.group(s + i), step.step, step.offset);
   } else {
@@ -137,15 +150,20 @@ __device__ void load_b(const Codes<S::kBits>& codes, const Step& step, int s, ui
 }
 
 // Takes zero * column_zero off the weights of a group.
-template <class T>
-__device__ void subtract_zeros(const QuantWeights& w, int64_t feature, int64_t column, uint32_t (&b)[2]) {
+template <class S>
+__device__ void subtract_zeros(const QuantWeights& w, int64_t feature, int64_t column, typename S::B& b) {
   if (column >= w.columns) return;
   const int64_t segment = w.segments > 1 ? column / w.segment : 0;
   const int32_t zero = w.zeros[segment * w.panels * kPanelRows + feature];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t zeros = pair<T>(zero * w.column_zeros[column + i], zero * w.column_zeros[column + i + 2]);
-    b[i] = fma_pair<T>(zeros, Pairs<T>::kMinusOne, b[i]);
+    const int32_t zeros[] = {zero * w.column_zeros[column + i], zero * w.column_zeros[column + i + 2]};
+    if constexpr (S::kFloat) {
+      b[i][0] -= zeros[0], b[i][1] -= zeros[1];
+    } else {
+      using T = typename S::T;
+      b[i] = fma_pair<T>(pair<T>(zeros[0], zeros[1]), Pairs<T>::kMinusOne, b[i]);
+    }
   }
 }
 
@@ -156,7 +174,7 @@ struct XRows {
   int64_t stride, columns;  // behind which x is 0
 
   __device__ XRows(const QuantLinear& op, int64_t first, int64_t rows)
-      : stride(S::kParts == 1 ? 1 : op.x.stride_column), columns(S::kInteger ? op.weights.depth : op.weights.columns) {
+      : stride(!S::kAnyX ? 1 : op.x.stride_column), columns(S::kInteger ? op.weights.depth : op.weights.columns) {
     const int size = op.x.dtype == DType::kF32 ? 4 : 2;
 #pragma unroll
     for (int i = 0; i < S::kRowTiles * 2; ++i) {
@@ -167,15 +185,15 @@ struct XRows {
     }
   }
 
-  // Four columns at once, of which all or none exist, without a branch, so that reads of many columns are under way together; where x is
-  // in parts, one by one.
+  // Four columns at once, of which all or none exist, without a branch, so that reads of many columns are under way together; one by one
+  // where strides may be any.
   template <class X>
   __device__ void load(int i, int half, int64_t column, X (&x)[4]) const {
     struct alignas(4 * sizeof(X)) Four {
       X at[4];
     } four = {};
     const X* from = reinterpret_cast<const X*>(of[i][half]) + column * stride;
-    if constexpr (S::kParts == 1) {
+    if constexpr (!S::kAnyX) {
       if (column < columns) four = *reinterpret_cast<const Four*>(from);
     } else {
 #pragma unroll
@@ -203,7 +221,7 @@ __device__ inline float next_part(float& x) {
 
 // The operand a of 16 rows, the lane's two: a[part][0] and [2] of the first, [1] and [3] of the second, columns as in load_b.
 template <class S>
-__device__ void load_a(const QuantLinear& op, const XRows<S>& rows, int tile, int64_t column, int64_t next, uint32_t (&a)[S::kParts][4]) {
+__device__ void load_a(const QuantLinear& op, const XRows<S>& rows, int tile, int64_t column, int64_t next, typename S::A (&a)[S::kParts]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if constexpr (S::kInteger) {
@@ -212,7 +230,7 @@ __device__ void load_a(const QuantLinear& op, const XRows<S>& rows, int tile, in
       rows.load(tile, i, next, x[1]);
       memcpy(&a[0][i], x[0], 4);
       memcpy(&a[0][i + 2], x[1], 4);
-    } else if constexpr (S::kParts == 1) {
+    } else if constexpr (!S::kAnyX) {
       typename S::T x[4];
       rows.load(tile, i, column, x);
       const typename S::T even[] = {x[0], x[2]}, odd[] = {x[1], x[3]};
@@ -230,13 +248,18 @@ __device__ void load_a(const QuantLinear& op, const XRows<S>& rows, int tile, in
 #pragma unroll
         for (int k = 0; k < 4; ++k) x[k] *= op.weights.column_scales[column + k];
       }
+      if constexpr (S::kFloat) {
 #pragma unroll
-      for (int part = 0; part < S::kParts; ++part) {
-        float y[4];
+        for (int k = 0; k < 4; ++k) a[0][k % 2 * 2 + i][k / 2] = x[k];
+      } else {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) y[k] = next_part(x[k]);
-        a[part][i] = pair<typename S::T>(y[0], y[2]);
-        a[part][i + 2] = pair<typename S::T>(y[1], y[3]);
+        for (int part = 0; part < S::kParts; ++part) {
+          float y[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) y[k] = next_part(x[k]);
+          a[part][i] = pair<typename S::T>(y[0], y[2]);
+          a[part][i + 2] = pair<typename S::T>(y[1], y[3]);
+        }
       }
     }
   }
@@ -281,22 +304,27 @@ __device__ void multiply_unit(const QuantLinear& op, const XRows<S>& rows, int64
 #pragma unroll
   for (int s = 0; s < kGroups; s += S::kGroupsAtOnce) {
     const int64_t column = unit * kUnit + group_column<S::kBits>(thread, s), next = unit * kUnit + group_column<S::kBits>(thread, s + 1);
-    uint32_t a[S::kRowTiles][S::kParts][4];
+    typename S::A a[S::kRowTiles][S::kParts];
 #pragma unroll
     for (int i = 0; i < S::kRowTiles; ++i) load_a<S>(op, rows, i, column, next, a[i]);
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
-      uint32_t b[2];
+      typename S::B b;
       load_b<S>(codes[j], steps[j], s, b);
-      if constexpr (S::kParts > 1) {
-        if (w.zeros != nullptr) subtract_zeros<typename S::T>(w, panel * kPanelRows + j * 8 + group, column, b);
+      if constexpr (S::kAnyX) {
+        if (w.zeros != nullptr) subtract_zeros<S>(w, panel * kPanelRows + j * 8 + group, column, b);
       }
 #pragma unroll
       for (int i = 0; i < S::kRowTiles; ++i) {
 #pragma unroll
         for (int part = 0; part < S::kParts; ++part) {
-          if constexpr (S::kInteger) mma<int8_t, int8_t>(sums[i][j], a[i][part], b);
-          if constexpr (!S::kInteger) mma<typename S::T>(sums[i][j], a[i][part], b);
+          if constexpr (S::kInteger) {
+            mma<int8_t, int8_t>(sums[i][j], a[i][part], b);
+          } else if constexpr (S::kFloat) {
+            multiply_floats(sums[i][j], a[i][part], b);
+          } else {
+            mma<typename S::T>(sums[i][j], a[i][part], b);
+          }
         }
       }
     }
@@ -362,6 +390,7 @@ __device__ void finish(const QuantLinear& op, const Split& split, int64_t index,
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks) multiply(QuantLinear op, Split split) {
+  if constexpr (!S::kRuns) return;
   const QuantWeights& w = op.weights;
   const int64_t panel = blockIdx.x % w.panels, index = blockIdx.x / w.panels % split.splits;
   const int64_t first_row = blockIdx.x / (w.panels * split.splits) * S::kRows, rows = rows_in_use(op.rows, op.in_use);
@@ -415,7 +444,8 @@ int run(const QuantLinear& op, const Split& split, void* stream) {
 // Whether x is multiplied as it is, four columns a read.
 bool in_one_part(const QuantLinear& op) {
   const QuantWeights& w = op.weights;
-  const bool exact = op.x.dtype != DType::kF32 && w.zeros == nullptr && w.column_scales == nullptr && w.segments == 1;
+  const bool multiplied = op.x.dtype == DType::kF16 || (op.x.dtype == DType::kBF16 && has_sm80());
+  const bool exact = multiplied && w.zeros == nullptr && w.column_scales == nullptr && w.segments == 1;
   const bool grid = reinterpret_cast<uintptr_t>(op.x.data) % 8 == 0 && op.x.stride_outer % 4 == 0 && op.x.stride_inner % 4 == 0;
   return exact && grid && op.x.stride_column == 1 && w.columns % 4 == 0;
 }
@@ -436,7 +466,8 @@ template <int kBits>
 int run_bits(const QuantLinear& op, bool quantized, const Split& split, void* stream) {
   if (quantized) return run<Shape<kBits, int8_t, 1, 1>>(op, split, stream);
   if (!in_one_part(op)) {
-    return run<Shape<kBits, __nv_bfloat16, 3, 1, kBits == 8>>(op, split, stream);
+    return has_sm80() ? run<Shape<kBits, __nv_bfloat16, 3, 1, kBits == 8>>(op, split, stream)
+                      : run<Shape<kBits, float, 1, 1, kBits == 8>>(op, split, stream);
   }
   if (op.x.dtype == DType::kF16) {
     return op.rows <= 16 ? run<Shape<kBits, __half, 1, 1>>(op, split, stream) : run<Shape<kBits, __half, 1, kManyTiles>>(op, split, stream);

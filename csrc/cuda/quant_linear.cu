@@ -5,6 +5,9 @@
 // multiplication's full rate that is all that shared memory gives, and with a warp tile half as large it would be too little. Weights below
 // 8 bits become int8 in registers: word of codes, mask, one multiplication by the step with the offset added, one xor.
 //
+// On sm_75, where copies are the threads' own and a block has 64 KB, two tiles are there at a time, and two blocks of a multiprocessor wait
+// for memory in turn.
+//
 // The sums then cross shared memory, so that scales, bias, activation and residual are applied where a thread has 8 neighbouring columns:
 // 16-byte reads and writes.
 //
@@ -26,7 +29,9 @@
 namespace kd::cuda {
 namespace {
 
-constexpr int kStages = 4, kGroupThreads = 128, kChunkBytes = 16;
+constexpr int stages(bool sm80) { return sm80 ? 4 : 2; }
+
+constexpr int kStages = stages(kSm80), kGroupThreads = 128, kChunkBytes = 16;
 constexpr int kFewBlocks = 128;  // below that many, larger tiles leave multiprocessors idle
 
 // kSegments: scales change along the columns, so that sums are scaled and added up in fp32 as they come.
@@ -39,9 +44,14 @@ struct Shape {
   static constexpr int kBlocks = kM == 64 ? (kSegments ? 3 : 5) : 2;  // that a multiprocessor shall hold, by their registers
   static constexpr int kStageBytes = kM * kTileColumns + kPanels * kTileBytes<kBits>;  // of a group
   static constexpr int kSumStride = kN + 8;  // rows of sums 8 banks apart: the lanes of a fragment meet none twice
-  static constexpr int kGroupSums = kM * kSumStride;
-  static constexpr int kGroupBytes = kStages * kStageBytes > kGroupSums * 4 ? kStages * kStageBytes : kGroupSums * 4;
-  static constexpr int kSharedBytes = kGroups * kGroupBytes;
+  // Sums cross shared memory all at once or, where a block has little of it, 32 rows at a time.
+  static constexpr int sum_rows(bool sm80) { return sm80 ? kM : 32; }
+  static constexpr int group_bytes(bool sm80) {
+    const int tiles = stages(sm80) * kStageBytes, sums = sum_rows(sm80) * kSumStride * 4;
+    return tiles > sums ? tiles : sums;
+  }
+  static constexpr int kGroupBytes = group_bytes(kSm80);
+  static constexpr int kPasses = kM / sum_rows(kSm80), kOfPass = kFragmentsM / kPasses;  // over sums; fragments of a warp's rows
   static_assert(kGroups == 1 || !kSegments);
 };
 
@@ -183,28 +193,29 @@ __device__ void end_segment(const QuantLinear& op, const Place<S>& at, int64_t s
   }
 }
 
-// A thread's sums to their places among its group's.
+// A thread's sums of one pass to their places among its group's.
 template <class S, class T>
-__device__ void stage_sums(const Place<S>& at, const Sums<S, T>& sums, T* staged) {
+__device__ void stage_sums(const Place<S>& at, int pass, const Sums<S, T>& sums, T* staged) {
 #pragma unroll
-  for (int i = 0; i < S::kFragmentsM; ++i) {
+  for (int i = 0; i < S::kOfPass; ++i) {
 #pragma unroll
     for (int j = 0; j < S::kFragmentsN; ++j) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int m = at.warp_m + i * 16 + at.group + r / 2 * 8, n = at.warp_n + j * 8 + at.thread * 2 + r % 2;
-        staged[m * S::kSumStride + n] = sums[i][j][r];
+        const int m = at.warp_m / S::kPasses + i * 16 + at.group + r / 2 * 8, n = at.warp_n + j * 8 + at.thread * 2 + r % 2;
+        staged[m * S::kSumStride + n] = sums[pass * S::kOfPass + i][j][r];
       }
     }
   }
 }
 
-// The block's sums, those of all groups, to the output.
+// The block's sums of one pass, those of all groups, to the output. A pass has as many rows of either half.
 template <class S, class T>
-__device__ void finish(const QuantLinear& op, const Place<S>& at, const char* shared) {
-  for (int i = threadIdx.x; i < S::kM * S::kN / kChunk; i += S::kThreads) {
+__device__ void finish(const QuantLinear& op, const Place<S>& at, int pass, const char* shared) {
+  constexpr int kRows = S::kM / S::kPasses, kOfHalf = kRows / 2;
+  for (int i = threadIdx.x; i < kRows * S::kN / kChunk; i += S::kThreads) {
     const int m = i / (S::kN / kChunk), n = i % (S::kN / kChunk) * kChunk;
-    const int64_t row = at.row + m, column = at.panel * kPanelRows + n;
+    const int64_t row = at.row + m / kOfHalf * (S::kM / 2) + pass * kOfHalf + m % kOfHalf, column = at.panel * kPanelRows + n;
     if (row >= at.rows || column >= op.weights.rows) continue;
     T sums[kChunk] = {};
 #pragma unroll
@@ -214,6 +225,18 @@ __device__ void finish(const QuantLinear& op, const Place<S>& at, const char* sh
       for (int k = 0; k < kChunk; ++k) sums[k] += load_shared<T>(staged + k);
     }
     write_outputs(op, row, column, sums);
+  }
+}
+
+// All sums, over what shared memory had before.
+template <class S, class T>
+__device__ void write_sums(const QuantLinear& op, const Place<S>& at, const Sums<S, T>& sums, char* shared) {
+#pragma unroll
+  for (int pass = 0; pass < S::kPasses; ++pass) {
+    __syncthreads();
+    stage_sums(at, pass, sums, reinterpret_cast<T*>(shared + at.warps * S::kGroupBytes));
+    __syncthreads();
+    finish<S, T>(op, at, pass, shared);
   }
 }
 
@@ -255,15 +278,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) multiply_rows(const _
     if (segment < op.weights.segments) end_segment(op, at, segment, sums, total);
   }
   cp_async_wait<0>();
-  __syncthreads();
   if constexpr (S::kSegments) {
-    stage_sums(at, total, reinterpret_cast<float*>(own));
-    __syncthreads();
-    finish<S, float>(op, at, shared);
+    write_sums<S, float>(op, at, total, shared);
   } else {
-    stage_sums(at, sums, reinterpret_cast<int32_t*>(own));
-    __syncthreads();
-    finish<S, int32_t>(op, at, shared);
+    write_sums<S, int32_t>(op, at, sums, shared);
   }
 }
 
@@ -278,7 +296,7 @@ int run(const QuantLinear* ops, int count, void* stream) {
   if (each * count > INT32_MAX) return cudaErrorInvalidValue;
   Products products = {{}, static_cast<unsigned>(each)};
   for (int i = 0; i < count; ++i) products.of[i] = ops[i];
-  return launch_shared(multiply_rows<S>, each * count, S::kThreads, S::kSharedBytes, stream, products);
+  return launch_shared(multiply_rows<S>, each * count, S::kThreads, S::kGroups * S::group_bytes(has_sm80()), stream, products);
 }
 
 template <int kBits>

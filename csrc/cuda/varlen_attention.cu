@@ -5,7 +5,9 @@
 // larger score comes, what earlier keys left is scaled down (the online softmax); one division per row remains at the end.
 //
 // Products are of bf16 with sums in fp32, or of fp16 where the inputs are; the softmax is fp32. Inputs in fp32 are rounded to bf16 once:
-// errors are those of attention in bf16. A NaN or +inf among its scores makes a row NaN, -inf alone too, as in torch.
+// errors are those of attention in bf16. On sm_75, where a copy waits for its data, there is room for one step's keys and values instead
+// of two, and three blocks of a multiprocessor take turns; products of bf16 go without tensor cores (mma.h). A NaN or +inf among its
+// scores makes a row NaN, -inf alone too, as in torch.
 //
 // 32 x 128 tokens, 12 heads of 64: 1.6 G operations are 1.6 us at the 989 TFLOPS of an H200; q, k, v and out, 25 MB in bf16, are 5.2 us
 // at 4.8 TB/s. At 8 x 512 operations are 6.5 us, and exponentials, 16 a clock of each multiprocessor, another 6 us beside them.
@@ -19,6 +21,8 @@ namespace kd::cuda {
 namespace {
 
 constexpr int kTile = 64, kThreads = 128, kWarpQueries = 16;  // kTile: queries of a block, and keys of a step
+constexpr int stages(bool sm80) { return sm80 ? 2 : 1; }  // of keys and values: where copies are asynchronous, the next are on their way
+constexpr int kStages = stages(kSm80);
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <class In_, int kSize_>
@@ -29,10 +33,10 @@ struct Shape {
   static constexpr int kRowBytes = kSize * 2 + 16;  // an odd multiple of 16: ldmatrix meets no bank twice
   static constexpr int kTileBytes = kTile * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, values
-  static constexpr int kSharedBytes = 2 * kStageBytes;
+  static constexpr int shared_bytes(bool sm80) { return stages(sm80) * kStageBytes; }
   static constexpr int kOutStride = kSize + 8;
-  static constexpr int kBlocks = kSize <= 64 ? 4 : kSize <= 96 ? 3 : 2;  // that a multiprocessor shall hold, by their registers
-  static_assert(kTile * kOutStride * 4 <= kSharedBytes);
+  static constexpr int kBlocks = kSize <= 64 ? (kSm80 ? 4 : 3) : kSize <= 96 ? 3 : 2;  // that a multiprocessor shall hold
+  static_assert(kTile * kOutStride * 4 <= kStageBytes);
 };
 
 // The 16 bytes of a tile that a lane points ldmatrix to.
@@ -266,17 +270,22 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks) attend(VarlenAttention o
     load_tile<S>(op, op.v, at, key, shared + stage + S::kTileBytes);
     cp_async_commit();
   };
-  char* queries = shared + S::kStageBytes;  // until they are in registers
+  char* queries = shared + (kStages - 1) * S::kStageBytes;  // until they are in registers
   load_tile<S>(op, op.q, at, at.first, queries);
-  load_keys(at.begin, 0);
+  if constexpr (kStages > 1) load_keys(at.begin, 0);
   cp_async_wait<0>();
   __syncthreads();
   Queries<S> own(at, queries);
   const bool busy = at.first + at.warp * kWarpQueries < at.end;
-  for (int key = at.begin, stage = 0; key < at.end; key += kTile, stage = S::kStageBytes - stage) {
+  for (int key = at.begin, stage = 0; key < at.end; key += kTile, stage = (kStages - 1) * S::kStageBytes - stage) {
     cp_async_wait<0>();
     __syncthreads();  // these keys have arrived for all, and all have read what lies where the next go
-    if (key + kTile < at.end) load_keys(key + kTile, S::kStageBytes - stage);
+    if constexpr (kStages > 1) {
+      if (key + kTile < at.end) load_keys(key + kTile, S::kStageBytes - stage);
+    } else {
+      load_keys(key, 0);
+      __syncthreads();
+    }
     if (!busy) continue;
     Scores scores = {};
     own.multiply_keys(at, shared + stage, scores);
@@ -303,7 +312,7 @@ template <class S>
 int run(const VarlenAttention& op, void* stream) {
   const int64_t blocks = (op.tokens / kTile + op.sequences) * op.heads;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return launch_shared(attend<S>, blocks, kThreads, S::kSharedBytes, stream, op);
+  return launch_shared(attend<S>, blocks, kThreads, S::shared_bytes(has_sm80()), stream, op);
 }
 
 template <class In>

@@ -86,11 +86,12 @@ FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC
          "-fsanitize=undefined", "-fno-sanitize-recover=all")  # fmt: skip
 
 
-def build(source: str, folder: Path, *others: str, int64=(), structs=()) -> ctypes.CDLL:
+def build(source: str, folder: Path, *others: str, int64=(), structs=(), arch: int = 90) -> ctypes.CDLL:
     """Files of this folder, which include kernels, compiled for the CPU. Undefined behaviour ends the process.
 
-    Where the machine can, products are fused into additions, as nvcc does. Functions of the names in `int64` return
-    one, and host_sizeof_NAME of {NAME: struct} says that the struct here is as large as theirs.
+    `arch`: the GPU whose instructions and limits kernels find: 75 for sm_75. Where the machine can, products are fused
+    into additions, as nvcc does. Functions of the names in `int64` return one, and host_sizeof_NAME of {NAME: struct}
+    says that the struct here is as large as theirs.
     """
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -102,6 +103,7 @@ def build(source: str, folder: Path, *others: str, int64=(), structs=()) -> ctyp
         compiler,
         *FLAGS,
         *fused,
+        f"-DCUDA_HOST_ARCH={arch * 10}",
         "-I",
         HERE,
         "-o",

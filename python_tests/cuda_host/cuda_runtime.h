@@ -24,6 +24,10 @@
 #include <utility>
 #include <vector>
 
+#ifndef CUDA_HOST_ARCH  // the GPU whose instructions and limits the kernels find: 900 for sm_90
+#define CUDA_HOST_ARCH 900
+#endif
+
 #define __global__
 #define __device__
 #define __host__
@@ -40,7 +44,8 @@ struct dim3 {
 };
 
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
+constexpr cudaError_t cudaErrorNoKernelImageForDevice = 209, cudaErrorLaunchFailure = 719;
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -59,7 +64,7 @@ namespace cuda_host {
 
 constexpr unsigned kWarp = 32, kStackBytes = 128 << 10;
 
-constexpr size_t kPage = 4096, kDefaultDynamic = 48 << 10, kMostDynamic = 227 << 10;
+constexpr size_t kPage = 4096, kDefaultDynamic = 48 << 10, kMostDynamic = (CUDA_HOST_ARCH >= 800 ? 227 : 64) << 10;
 
 // What shared memory holds until it is written: 16 bytes that repeat.
 constexpr uint16_t kUnwritten[8] = {0xfff9, 0xfff2, 0xfffc, 0xfff5, 0xfffe, 0xfff7, 0xfff3, 0xfffb};
@@ -294,7 +299,14 @@ T __ldg(const T* address) {
   return *address;
 }
 
-constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+constexpr int cudaDevAttrComputeCapabilityMajor = 75, cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  if (attribute != cudaDevAttrComputeCapabilityMajor) return cudaErrorInvalidValue;
+  return *value = CUDA_HOST_ARCH / 100, cudaSuccess;
+}
 
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), int attribute, int value) {

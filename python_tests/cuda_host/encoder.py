@@ -61,9 +61,9 @@ class Host(quant_linear.Host):
 
     attention = varlen_attention.Host.attention
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, arch: int = 90):
         structs = {"normalize_rows": NormalizeRows, "encoder": Encoder}
-        super().__init__(folder, "encoder.cu", int64=["host_encoder_workspace_bytes"], structs=structs)
+        super().__init__(folder, "encoder.cu", int64=["host_encoder_workspace_bytes"], structs=structs, arch=arch)
 
     def normalize_rows(self, x, residual, weight, bias, eps, packed=None, in_use=None):
         """out, and where `packed` shall read it codes, scales and sums."""

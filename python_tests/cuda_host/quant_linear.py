@@ -58,10 +58,10 @@ def _rows(x: torch.Tensor) -> RowsView:
 class Host:
     """The kernels, on [rows, features] tensors."""
 
-    def __init__(self, folder: Path, *others: str, int64=(), structs=()):
+    def __init__(self, folder: Path, *others: str, int64=(), structs=(), arch: int = 90):
         int64 = ("host_prepare", "host_bank_conflicts", "host_few_rows_bytes", *int64)
         structs = {"quant_linear": QuantLinear, **dict(structs)}
-        self.library = build("quant_linear.cu", folder, *others, int64=int64, structs=structs)
+        self.library = build("quant_linear.cu", folder, *others, int64=int64, structs=structs, arch=arch)
         for name in ("host_few_rows_serves", "host_unpack_serves"):
             getattr(self.library, name).restype = ctypes.c_bool
 
