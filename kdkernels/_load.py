@@ -14,19 +14,7 @@ from torch.autograd import forward_ad
 from . import ops
 
 _PACKAGE = Path(__file__).parent
-_TRITON_FAMILIES = (
-    "attention_kl",
-    "attention_map_kl",
-    "attention_map_mse",
-    "attention_mse",
-    "gram_mse",
-    "hidden_cosine",
-    "hidden_mse",
-    "linear_kd_loss",
-    "moment_mse",
-    "relation_kl",
-    "topk_kd_loss",
-)
+_TRITON_FAMILIES = {path.stem for path in (_PACKAGE / "triton").glob("[a-z]*.py")}  # not imported on a CPU build
 _BF16_PRODUCTS = ("encoder", "quant_linear", "varlen_attention")  # of bfloat16 and float32 tensors, in CUDA C++
 _ON_KD_LOSS = ("topk_kd_loss",)  # which call kd_loss, on CUDA its CUDA C++
 _PRODUCTS = "KDKERNELS_CUDA_PRODUCTS"
