@@ -421,6 +421,25 @@ class TestReliability:
             assert torch.isfinite(got[1:]).all()
         assert torch.isfinite(clean).all()
 
+    def test_calls_need_no_no_grad_and_a_head_can_be_trained(self, tmp_path):
+        model = kdkernels.quantize(tiny("bert", transformers.AutoModelForSequenceClassification))
+        model.save_pretrained(tmp_path)
+        for made in (model, transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)):
+            inputs = batch(made.config)
+            assert not made(**inputs).logits.requires_grad
+            made.classifier.requires_grad_(True)
+            made(**inputs, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+            assert made.classifier.weight.grad.abs().sum() > 0
+            with pytest.raises(RuntimeError, match="no gradient"):
+                made(inputs_embeds=torch.randn(1, 3, 64, requires_grad=True))
+
+    @pytest.mark.parametrize("name", ["encoder.layer.1.output.dense", "embeddings.word_embeddings"])
+    def test_a_weight_that_is_not_finite_is_named(self, name):
+        model = tiny("bert")
+        model.get_submodule(name).weight.data[3, 2] = torch.nan
+        with pytest.raises(ValueError, match=f"{name} can't be quantised: weight must be finite"):
+            kdkernels.quantize(model)
+
     def test_threads_share_a_model(self):
         model = kdkernels.quantize(tiny("bert"))
         inputs = [batch(model.config, seed=seed) for seed in range(4)]

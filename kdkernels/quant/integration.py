@@ -89,7 +89,7 @@ class KdkernelsQuantizer(HfQuantizer):
                 module.weight  # noqa: B018  reads and checks it
             except ValueError as error:
                 raise ValueError(f"the checkpoint's {name}.packed is unusable: {error}") from None
-        attach_all(model)
+        attach_all(model.requires_grad_(False))
         return model
 
     def get_state_dict_and_metadata(self, model):

@@ -48,10 +48,11 @@ def quantize(
         skip: parts of names of modules that stay as they are.
         progress: called with (modules packed so far, modules to pack) after each.
 
-    Returns: the model, in eval mode. `model.save_pretrained(folder)` and, after `import kdkernels`,
-        `AutoModel.from_pretrained(folder)` work.
+    Returns: the model, in eval mode and frozen: no parameter requires a gradient. `model.save_pretrained(folder)` and,
+        after `import kdkernels`, `AutoModel.from_pretrained(folder)` work.
     Raises: TypeError or ValueError naming the argument: an unknown scheme or number of bits, a name in bits_per_layer
-        or skip that no module has, a model that is quantised already or has nothing to quantise.
+        or skip that no module has, a model that is quantised already or has nothing to quantise, a weight that is not
+        finite.
     """
     settings = settle(model, scheme, bits_per_layer, skip)
     shared = tied.find(model, settings.layers)
@@ -95,10 +96,10 @@ def settle(model: nn.Module, scheme, bits_per_layer, skip) -> Settings:
 
 
 def finish(model: nn.Module, settings: Settings, shared: Collection[str] = ()) -> nn.Module:
-    """Puts the padding-free encoder in front, and tells transformers that the model is quantised; `shared` as in
-    `KdkernelsConfig`.
+    """Freezes the model, puts the padding-free encoder in front, and tells transformers that it is quantised; `shared`
+    as in `KdkernelsConfig`.
     """
-    encoder.attach_all(model)
+    encoder.attach_all(model.requires_grad_(False))
     tied.forget(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -156,12 +157,15 @@ def _pack(
     ordered = sorted(layers, key=lambda name: name in shared)  # tables before who borrows from them
     for done, name in enumerate(ordered, 1):
         module, scheme = model.get_submodule(name), layers[name]
-        if name in shared:
-            packed = QuantLinear.of(module, scheme, lender=model.get_submodule(shared[name]))
-        elif isinstance(module, nn.Linear):
-            packed = QuantLinear.of(module, scheme, importance.get(name))
-        else:
-            packed = QuantEmbedding.of(module, scheme)
+        try:
+            if name in shared:
+                packed = QuantLinear.of(module, scheme, lender=model.get_submodule(shared[name]))
+            elif isinstance(module, nn.Linear):
+                packed = QuantLinear.of(module, scheme, importance.get(name))
+            else:
+                packed = QuantEmbedding.of(module, scheme)
+        except ValueError as error:
+            raise ValueError(f"{name} can't be quantised: {error}") from None
         model.set_submodule(name, packed)
         if progress is not None:
             progress(done, len(layers))
