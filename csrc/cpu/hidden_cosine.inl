@@ -24,8 +24,9 @@ struct CosineRow {
   double loss;
 };
 
-// row_s and row_t: where copies of strided or 16-bit rows lie.
-inline CosineRow cosine_row(const float* s, const float* t, int64_t n, const float* row_s, const float* row_t) {
+// row_s and row_t: where copies lie.
+template <typename T>
+inline CosineRow cosine_row(const T* s, const T* t, int64_t n, const float* row_s, const float* row_t) {
   const int64_t ahead_s = hidden_ahead(s, row_s, n), ahead_t = hidden_ahead(t, row_t, n);
   double squares[2];
   hidden_sums<2>(n, [&](int64_t i, int64_t lanes, vf* sums) {
@@ -50,12 +51,14 @@ void hidden_cosine_forward(const HiddenLayers& op, int64_t item, float* scratch)
   const int64_t n = layer.features;
   float *row_s = scratch, *row_t = scratch + hidden_row_floats(n);
   double total = 0;
-  for (int64_t token = block.begin; token < block.end; ++token) {
-    if (op.mask && !op.mask[token]) continue;
-    const float* s = hidden_row(layer.student, op.tokens, token, n, row_s);
-    const float* t = hidden_row(layer.teacher, op.tokens, token, n, row_t);
-    total += cosine_row(s, t, n, row_s, row_t).loss;
-  }
+  hidden_with_type(layer, [&]<typename T>() {
+    for (int64_t token = block.begin; token < block.end; ++token) {
+      if (op.mask && !op.mask[token]) continue;
+      const T* s = hidden_row<T>(layer.student, op.tokens, token, n, row_s);
+      const T* t = hidden_row<T>(layer.teacher, op.tokens, token, n, row_t);
+      total += cosine_row(s, t, n, row_s, row_t).loss;
+    }
+  });
   op.partial[item] = total;
 }
 
@@ -65,19 +68,21 @@ void hidden_cosine_backward(const HiddenLayers& op, int64_t item, float* scratch
   const int64_t n = layer.features;
   const float coef = *op.upstream * layer.grad_weight;
   float *row_s = scratch, *row_t = scratch + hidden_row_floats(n);
-  for (int64_t token = block.begin; token < block.end; ++token) {
-    if (op.mask && !op.mask[token]) {
-      hidden_no_gradient(op, layer, token);
-      continue;
+  hidden_with_type(layer, [&]<typename T>() {
+    for (int64_t token = block.begin; token < block.end; ++token) {
+      if (op.mask && !op.mask[token]) {
+        hidden_no_gradient(op, layer, token);
+        continue;
+      }
+      const T* s = hidden_row<T>(layer.student, op.tokens, token, n, row_s);
+      const T* t = hidden_row<T>(layer.teacher, op.tokens, token, n, row_t);
+      const CosineRow row = cosine_row(s, t, n, row_s, row_t);
+      const vf a = set1(row.s.missing > 0 ? 0 : static_cast<float>(row.s.scale * (1 - row.loss))), b = set1(row.t.scale);
+      const vf scale = set1(coef * row.s.scale);
+      hidden_put_gradient<T>(op, layer, token, row_s, [&](int64_t i, int64_t lanes) {
+        return scale * (load_up_to(s + i, lanes, 0) * a - load_up_to(t + i, lanes, 0) * b);
+      });
     }
-    const float* s = hidden_row(layer.student, op.tokens, token, n, row_s);
-    const float* t = hidden_row(layer.teacher, op.tokens, token, n, row_t);
-    const CosineRow row = cosine_row(s, t, n, row_s, row_t);
-    const vf a = set1(row.s.missing > 0 ? 0 : static_cast<float>(row.s.scale * (1 - row.loss))), b = set1(row.t.scale);
-    const vf scale = set1(coef * row.s.scale);
-    hidden_put_gradient(op, layer, token, row_s, [&](int64_t i, int64_t lanes) {
-      return scale * (load_up_to(s + i, lanes, 0) * a - load_up_to(t + i, lanes, 0) * b);
-    });
-  }
+  });
   stream_end();
 }

@@ -6,7 +6,8 @@
 
 constexpr float kHiddenEps = 1e-12f;
 
-inline double hidden_squares(const float* x, const float* y, int64_t n) {
+template <typename T>
+inline double hidden_squares(const T* x, const T* y, int64_t n) {
   return hidden_sum(n, [&](int64_t i, int64_t lanes) {
     const vf difference = load_up_to(x + i, lanes, 0) - load_up_to(y + i, lanes, 0);
     return difference * difference;
@@ -74,24 +75,34 @@ inline void hidden_gradient(Normalize normalize, HiddenScale s, const float* ys,
   });
 }
 
+// Rows that are normalised are floats.
+template <typename F>
+inline void hidden_mse_with_type(const HiddenMse& op, const HiddenLayer& layer, const F& f) {
+  op.normalize == kNoNormalize ? hidden_with_type(layer, f) : f.template operator()<float>();
+}
+
 void hidden_forward(const HiddenMse& op, int64_t item, float* scratch) {
   const HiddenBlock block = hidden_block(op, item);
   const HiddenLayer& layer = block.layer;
   const int64_t n = layer.features;
   float *row_s = scratch, *row_t = scratch + hidden_row_floats(n);
   double total = 0;
-  for (int64_t token = block.begin; token < block.end; ++token) {
-    if (op.mask && !op.mask[token]) continue;
-    const float* s = hidden_row(layer.student, op.tokens, token, n, row_s);
-    const float* t = hidden_row(layer.teacher, op.tokens, token, n, row_t);
-    if (op.normalize != kNoNormalize) {
-      hidden_normalize(op.normalize, s, n, row_s);
-      hidden_normalize(op.normalize, t, n, row_t);
-      s = row_s;
-      t = row_t;
+  hidden_mse_with_type(op, layer, [&]<typename T>() {
+    for (int64_t token = block.begin; token < block.end; ++token) {
+      if (op.mask && !op.mask[token]) continue;
+      const T* s = hidden_row<T>(layer.student, op.tokens, token, n, row_s);
+      const T* t = hidden_row<T>(layer.teacher, op.tokens, token, n, row_t);
+      if constexpr (__is_same(T, float)) {
+        if (op.normalize != kNoNormalize) {
+          hidden_normalize(op.normalize, s, n, row_s);
+          hidden_normalize(op.normalize, t, n, row_t);
+          s = row_s;
+          t = row_t;
+        }
+      }
+      total += hidden_squares(s, t, n);
     }
-    total += hidden_squares(s, t, n);
-  }
+  });
   op.partial[item] = total;
 }
 
@@ -102,25 +113,28 @@ void hidden_backward(const HiddenMse& op, int64_t item, float* scratch) {
   const DType dtype = layer.student.dtype;
   const float coef = *op.upstream * layer.grad_weight;
   float *row_s = scratch, *row_t = scratch + hidden_row_floats(n);
-  for (int64_t token = block.begin; token < block.end; ++token) {
-    float* g = dtype == DType::kF32 ? static_cast<float*>(layer.grad_student) + token * n : row_s;
-    const bool real = !op.mask || op.mask[token];
-    if (!real) {
-      hidden_no_gradient(op, layer, token);
-      continue;
-    }
-    const float* s = hidden_row(layer.student, op.tokens, token, n, row_s);
-    const float* t = hidden_row(layer.teacher, op.tokens, token, n, row_t);
-    if (op.normalize == kNoNormalize) {
-      hidden_put_gradient(op, layer, token, row_s, [&](int64_t i, int64_t lanes) {
+  hidden_mse_with_type(op, layer, [&]<typename T>() {
+    for (int64_t token = block.begin; token < block.end; ++token) {
+      if (op.mask && !op.mask[token]) {
+        hidden_no_gradient(op, layer, token);
+        continue;
+      }
+      const T* s = hidden_row<T>(layer.student, op.tokens, token, n, row_s);
+      const T* t = hidden_row<T>(layer.teacher, op.tokens, token, n, row_t);
+      if constexpr (__is_same(T, float)) {
+        if (op.normalize != kNoNormalize) {
+          float* g = dtype == DType::kF32 ? static_cast<float*>(layer.grad_student) + token * n : row_s;
+          const HiddenScale scale = hidden_normalize(op.normalize, s, n, row_s);
+          hidden_normalize(op.normalize, t, n, row_t);
+          hidden_gradient(op.normalize, scale, row_s, row_t, n, coef, g);
+          if (dtype != DType::kF32) from_floats(g, n, layer.grad_student, dtype, token * n);
+          continue;
+        }
+      }
+      hidden_put_gradient<T>(op, layer, token, row_s, [&](int64_t i, int64_t lanes) {
         return (load_up_to(s + i, lanes, 0) - load_up_to(t + i, lanes, 0)) * coef;
       });
-      continue;
     }
-    const HiddenScale scale = hidden_normalize(op.normalize, s, n, row_s);
-    hidden_normalize(op.normalize, t, n, row_t);
-    hidden_gradient(op.normalize, scale, row_s, row_t, n, coef, g);
-    if (dtype != DType::kF32) from_floats(g, n, layer.grad_student, dtype, token * n);
-  }
+  });
   stream_end();
 }

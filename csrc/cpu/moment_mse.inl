@@ -21,39 +21,41 @@ void moment_forward(const MomentMse& op, int64_t item, float* scratch) {
   float *row_s = scratch, *row_t = scratch + hidden_row_floats(n);
   double total = 0;
   float* stats = op.stats ? moment_stats(op, layer) : nullptr;
-  for (int64_t token = block.begin; token < block.end; ++token) {
-    float unused[3];
-    float* left = stats ? stats + token * 3 : unused;
-    if (op.mask && !op.mask[token]) {
-      left[0] = left[1] = left[2] = 0;
-      continue;
+  hidden_with_type(layer, [&]<typename T>() {
+    for (int64_t token = block.begin; token < block.end; ++token) {
+      float unused[3];
+      float* left = stats ? stats + token * 3 : unused;
+      if (op.mask && !op.mask[token]) {
+        left[0] = left[1] = left[2] = 0;
+        continue;
+      }
+      const T* s = hidden_row<T>(layer.student, op.tokens, token, n, row_s);
+      const T* t = hidden_row<T>(layer.teacher, op.tokens, token, n, row_t);
+      const int64_t ahead_s = hidden_ahead(s, row_s, n), ahead_t = hidden_ahead(t, row_t, n);
+      double sums[3];
+      hidden_sums<2>(n, [&](int64_t i, int64_t lanes, vf* add) {
+        __builtin_prefetch(s + i + ahead_s);
+        __builtin_prefetch(t + i + ahead_t);
+        add[0] += load_up_to(s + i, lanes, 0);
+        add[1] += load_up_to(t + i, lanes, 0);
+      }, sums);
+      const float guess = static_cast<float>(sums[0] / n), guess_t = static_cast<float>(sums[1] / n), gap = guess - guess_t;
+      hidden_sums<3>(n, [&](int64_t i, int64_t lanes, vf* add) {
+        const vf at = load_up_to(s + i, lanes, guess), x = at - guess, d = (at - load_up_to(t + i, lanes, guess_t)) - gap;
+        add[0] += x;
+        add[1] += d;
+        add[2] = fma(d, (x + x) - d, add[2]);
+      }, sums);
+      const double rest = sums[0] / n, apart = sums[1] / n, mean = gap + apart;
+      const double variance = sums[2] / n - apart * (2 * rest - apart), sign = (variance > 0) - (variance < 0);
+      const bool squared = op.variance == kSquared;
+      total += op.mean_weight * (mean * mean) + op.variance_weight * (squared ? variance * variance : sign * variance);
+      const double slope = 2 * op.variance_weight * (squared ? 2 * variance : sign) / n;
+      left[0] = guess;
+      left[1] = static_cast<float>(2 * op.mean_weight * mean / n - slope * rest);
+      left[2] = static_cast<float>(slope);
     }
-    const float* s = hidden_row(layer.student, op.tokens, token, n, row_s);
-    const float* t = hidden_row(layer.teacher, op.tokens, token, n, row_t);
-    const int64_t ahead_s = hidden_ahead(s, row_s, n), ahead_t = hidden_ahead(t, row_t, n);
-    double sums[3];
-    hidden_sums<2>(n, [&](int64_t i, int64_t lanes, vf* add) {
-      __builtin_prefetch(s + i + ahead_s);
-      __builtin_prefetch(t + i + ahead_t);
-      add[0] += load_up_to(s + i, lanes, 0);
-      add[1] += load_up_to(t + i, lanes, 0);
-    }, sums);
-    const float guess = static_cast<float>(sums[0] / n), guess_t = static_cast<float>(sums[1] / n), gap = guess - guess_t;
-    hidden_sums<3>(n, [&](int64_t i, int64_t lanes, vf* add) {
-      const vf at = load_up_to(s + i, lanes, guess), x = at - guess, d = (at - load_up_to(t + i, lanes, guess_t)) - gap;
-      add[0] += x;
-      add[1] += d;
-      add[2] = fma(d, (x + x) - d, add[2]);
-    }, sums);
-    const double rest = sums[0] / n, apart = sums[1] / n, mean = gap + apart;
-    const double variance = sums[2] / n - apart * (2 * rest - apart), sign = (variance > 0) - (variance < 0);
-    const bool squared = op.variance == kSquared;
-    total += op.mean_weight * (mean * mean) + op.variance_weight * (squared ? variance * variance : sign * variance);
-    const double slope = 2 * op.variance_weight * (squared ? 2 * variance : sign) / n;
-    left[0] = guess;
-    left[1] = static_cast<float>(2 * op.mean_weight * mean / n - slope * rest);
-    left[2] = static_cast<float>(slope);
-  }
+  });
   op.partial[item] = total;
 }
 
@@ -62,16 +64,18 @@ void moment_backward(const MomentMse& op, int64_t item, float* scratch) {
   const HiddenLayer& layer = block.layer;
   const float coef = *op.upstream * layer.grad_weight;
   const float* stats = moment_stats(op, layer);
-  for (int64_t token = block.begin; token < block.end; ++token) {
-    if (op.mask && !op.mask[token]) {
-      hidden_no_gradient(op, layer, token);
-      continue;
+  hidden_with_type(layer, [&]<typename T>() {
+    for (int64_t token = block.begin; token < block.end; ++token) {
+      if (op.mask && !op.mask[token]) {
+        hidden_no_gradient(op, layer, token);
+        continue;
+      }
+      const T* s = hidden_row<T>(layer.student, op.tokens, token, layer.features, scratch);
+      const float mean = stats[token * 3];
+      const vf a = set1(stats[token * 3 + 1]), b = set1(stats[token * 3 + 2]);
+      hidden_put_gradient<T>(op, layer, token, scratch,
+                               [&](int64_t i, int64_t lanes) { return coef * fma(b, load_up_to(s + i, lanes, 0) - mean, a); });
     }
-    const float* s = hidden_row(layer.student, op.tokens, token, layer.features, scratch);
-    const float mean = stats[token * 3];
-    const vf a = set1(stats[token * 3 + 1]), b = set1(stats[token * 3 + 2]);
-    hidden_put_gradient(op, layer, token, scratch,
-                        [&](int64_t i, int64_t lanes) { return coef * fma(b, load_up_to(s + i, lanes, 0) - mean, a); });
-  }
+  });
   stream_end();
 }

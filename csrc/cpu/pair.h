@@ -24,6 +24,12 @@ inline float from_float(float x, float) { return x; }
 inline Bf16 from_float(float x, Bf16) { return {f32_to_bf16(x)}; }
 inline F16 from_float(float x, F16) { return {f32_to_f16(x)}; }
 
+// One vector, its elements in order.
+inline vf load(const Bf16* p) { return load_bf16(&p->bits); }
+inline vf load(const F16* p) { return load_f16(&p->bits); }
+inline void store(Bf16* p, vf x) { store_bf16(&p->bits, x); }
+inline void store(F16* p, vf x) { store_f16(&p->bits, x); }
+
 // The first n < 2 W elements; the others read as `fill`.
 template <typename T>
 inline Pair load_pair_n(const T* p, int64_t n, float fill) {

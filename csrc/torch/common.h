@@ -76,9 +76,18 @@ inline void take_into_use(void* data, int64_t bytes) {
 #endif
 }
 
+// As torch::stable::new_empty, which looks its operator up by name and boxes the arguments: 0.5 us of the 6 of a small kd_loss, each time.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), size.data(), static_cast<int64_t>(size.size()), &type, nullptr, nullptr, 0, nullptr, &out));
+  return Tensor(out);
+}
+
 // A fresh tensor on `like`'s device, for a kernel to fill.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
-  Tensor out = torch::stable::new_empty(like, size, dtype);
+  Tensor out = allocate(like, size, dtype);
   take_into_use(out.data_ptr(), out.numel() * out.element_size());
   return out;
 }
@@ -142,7 +151,7 @@ inline Tensor scaled(float a, const Tensor& saved, const Tensor& x) {
 inline Tensor scale_gradient(const Tensor& grad, const Tensor& saved, const Tensor& x) { return scaled(upstream_of(grad), saved, x); }
 
 inline Tensor new_scalar(const Tensor& like, double value) {
-  Tensor out = torch::stable::new_empty(like, {}, ScalarType::Float);
+  Tensor out = allocate(like, {}, ScalarType::Float);
   *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
   return out;
 }
