@@ -10,12 +10,12 @@
 // 4 bits from 0); then vpmaddwd by the step widens and scales them at once. The offset takes one vpmaddwd with the sum of the activations.
 // So these need codes alone, which are unpacked on the way.
 
-// What comes next, asked for beside the products, a little with every 32 columns: AVX-512 alone is fast enough to wait for memory.
+// What comes next, asked for beside the products into the second-level cache: AVX-512 alone is fast enough to wait for memory. Asking for
+// the next tile's activations too costs more than it saves: they are in that cache already.
 struct Ahead {
-  const uint8_t* weights;  // `weights_step` bytes further on with every 8 columns, into the second-level cache
+  const uint8_t* weights;  // `weights_step` bytes further on with every 8 columns
   int64_t weights_step;
-  const uint8_t* a;  // the next tile's activations
-  char* out;         // the tile of outputs to be written: 4 lines of 64 bytes a row
+  char* out;  // the tile of outputs to be written: 4 lines of 64 bytes a row
   int64_t out_row;
 };
 
@@ -44,11 +44,10 @@ inline void vnni_tile(int64_t columns, const uint8_t* a, int64_t lda, PanelValue
   for (int m = 0; m < kMr; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) sum[m][n] = _mm512_loadu_si512(starts + m * start_row + n * 16);
-  for (int64_t k = 0; k < columns; k += 32, a += 32, ahead.a += 32, b.values += 512) {
-    if (k < 128 * kMr) __builtin_prefetch(ahead.out + k / 128 * ahead.out_row + k % 128 * 2, 1);
+  for (int64_t k = 0; k < columns; k += 32, a += 32, b.values += 512) {
+    if (k < 128 * kMr) __builtin_prefetch(ahead.out + k / 128 * ahead.out_row + k % 128 * 2, 0, 2);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      if (j < kMr) __builtin_prefetch(ahead.a + j * lda);
       if (j % 2 == 0) __builtin_prefetch(ahead.weights + j / 2 * ahead.weights_step, 0, 2);
       vi group[4];
 #pragma GCC unroll 4
@@ -287,7 +286,7 @@ constexpr int64_t kFewRows = 24;
 // that they don't leave the first-level cache.
 inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, int8_t* values, int32_t* sums) {
   const QuantWeights& w = op.weights;
-  const Ahead nothing{w.codes, 0, op.a, static_cast<char*>(op.out), 0};
+  const Ahead nothing{w.codes, 0, static_cast<char*>(op.out), 0};
   for (int64_t k = 0; k < w.depth; k += kQuantChunk) {
     const int64_t columns = w.depth - k < kQuantChunk ? w.depth - k : kQuantChunk;
     const PanelValues part = product_values(w, panel, k, columns, values);

@@ -211,7 +211,7 @@ inline void segment_sums(const QuantLinear& op, const QuantBlock& tile, PanelVal
   for (int64_t segment = 0; segment < w.segments; ++segment) {
     const int64_t k = segment * w.segment, end = segment + 1 == w.segments ? w.depth : k + w.segment;
     const int32_t* starts = w.starts + (segment * w.panels + tile.panel) * kPanelRows;
-    const Ahead next{ahead.weights + k / 8 * ahead.weights_step, ahead.weights_step, ahead.a + k, ahead.out, ahead.out_row};
+    const Ahead next{ahead.weights + k / 8 * ahead.weights_step, ahead.weights_step, ahead.out, ahead.out_row};
     integer_tiles(w, tile.panel, k, tile.rows, end - k, CodeRow(op, tile.first).at(k) + k % kCodeColumns,
                   {values.values + k * kGroupRows, values.group}, next, starts, 0, sums);
     if (w.segments == 1) return;
@@ -299,12 +299,11 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
 #endif
   const int64_t bytes = op.out_dtype == DType::kF32 ? 4 : 2, tiles = (block.rows + kVnniRows - 1) / kVnniRows;
   Ahead ahead{w.codes + (block.panel + 1) * w.depth * kPanelRows * w.bits / 8, next_is_own ? 8 * kPanelRows * w.bits / 8 / tiles : 0,
-              op.a + block.first * w.depth, static_cast<char*>(op.out) + (block.first * w.rows + block.panel * kPanelRows) * bytes,
+              static_cast<char*>(op.out) + (block.first * w.rows + block.panel * kPanelRows) * bytes,
               w.rows * bytes};
   QuantBlock tile = block;
   for (int64_t left = block.rows; left > 0; left -= tile.rows, tile.first += tile.rows) {
     tile.rows = tile_rows(w, left);
-    ahead.a += tile.rows * w.depth;
     segment_sums(op, tile, values, ahead, sums, total);
     if (w.segments == 1) finish_sums(op, tile, sums, bias);
     else finish(op, tile, FloatSums{total}, op.a_scale, bias);

@@ -69,9 +69,9 @@ inline int32_t largest_bits(const float* x, int64_t n) {
     const vi32 bits = reinterpret_cast<vi32>(vabs(part));
     most[0] = bits > most[0] ? bits : most[0];
   }
+  for (int j = 1; j < 4; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
   int32_t result = 0;
-  for (int j = 0; j < 4; ++j)
-    for (int lane = 0; lane < W; ++lane) result = most[j][lane] > result ? most[j][lane] : result;
+  for (int lane = 0; lane < W; ++lane) result = most[0][lane] > result ? most[0][lane] : result;
   return result;
 }
 
@@ -98,6 +98,7 @@ inline void quantize_row(const QuantLinear& op, int64_t row, float* scratch) {
   if (scale < __FLT_MIN__) scale = __FLT_MIN__;
   op.a_scale[row] = scale;
   const float inverse = 1.0f / scale;
+  const float* next = x == scratch ? x : x + op.x.stride_inner;  // mostly the next row, which comes from further away than this one
   for (int64_t k = 0; k < w.depth; k += kCodeColumns) {
     alignas(64) float rest[kCodeColumns] = {};
     const float* from = x + k;
@@ -106,6 +107,7 @@ inline void quantize_row(const QuantLinear& op, int64_t row, float* scratch) {
       from = rest;
     }
     uint8_t* to = codes.at(k);
+    for (int64_t i = 0; i < kCodeColumns; i += 16) __builtin_prefetch(next + k + i);
     if (bits == kInfinity)
       for (int64_t i = 0; i < kCodeColumns; ++i)
         to[i] = static_cast<uint8_t>(128 + (__builtin_isinf(from[i]) ? (from[i] > 0 ? 127 : -127) : 0));

@@ -175,7 +175,8 @@ class QuantLinearCall {
     codes_.reset(aligned<uint8_t>(cpu::quant_code_bytes(op_)));
     scales_.resize(op_.rows);
     sums_.resize(op_.rows * w.segments);
-    out_ = py::array_t<float>({op_.rows, w.rows});
+    float* out = aligned<float>(op_.rows * w.rows);  // as torch aligns its tensors; NumPy's own arrays split lines
+    out_ = py::array_t<float>({op_.rows, w.rows}, out, py::capsule(out, std::free));
     op_.x = {x_.data(), op_.rows, 0, w.columns, 1, DType::kF32};
     op_.a = codes_.get();
     op_.a_scale = scales_.data();
