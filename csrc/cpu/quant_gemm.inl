@@ -81,6 +81,8 @@ inline void vnni_tiles(int64_t rows, int64_t columns, const uint8_t* a, int64_t 
   }
 }
 
+#include "quant_gemm_codes.inl"
+
 #endif
 
 #if defined(__AMX_INT8__)
@@ -145,7 +147,7 @@ inline void widened_rows(int64_t columns, const uint8_t* a, int64_t lda, PanelVa
 // A byte for each of 8 output features, in both halves of their 32 bits.
 inline vi spread_bytes(vi bytes) { return _mm256_or_si256(bytes, _mm256_slli_epi32(bytes, 16)); }
 
-// The codes of 4 columns, number j of 8 in a run, of half a group: as read_codes has them.
+// The codes of 4 columns, number j of 8 in a run, of half a group: as RunSteps has them.
 template <int kBits>
 inline vi half_codes(const uint8_t* packed, int j, int half) {
   const auto word = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(packed + i * 64 + half * 32)); };
@@ -284,17 +286,22 @@ constexpr int64_t kFewRows = 24;
 
 // A block of at most kFewRows rows times low bits: kQuantChunk columns at a time are unpacked to `values` and multiplied with all rows, so
 // that they don't leave the first-level cache.
-inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, int8_t* values, int32_t* sums) {
+inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, bool next_is_own, int8_t* values,
+                     int32_t* sums) {
   const QuantWeights& w = op.weights;
-  const Ahead nothing{w.codes, 0, static_cast<char*>(op.out), 0};
+#if defined(__AVX512F__)
+  if (rows <= kCodesRows) return codes_gemm(w, panel, rows, {op.a + first * w.depth, w.depth, kCodeColumns}, next_is_own, sums);
+#endif
+  const int64_t bytes = kPanelRows * w.bits, tiles = (rows + kVnniRows - 1) / kVnniRows;  // of 8 columns
+  Ahead ahead{w.codes + (panel + 1) * (w.depth / 8 * bytes), next_is_own ? bytes / tiles : 0, static_cast<char*>(op.out), 0};
   for (int64_t k = 0; k < w.depth; k += kQuantChunk) {
     const int64_t columns = w.depth - k < kQuantChunk ? w.depth - k : kQuantChunk;
     const PanelValues part = product_values(w, panel, k, columns, values);
-    for (int64_t m = 0, next; m < rows; m = next) {
+    for (int64_t m = 0, next; m < rows; m = next, ahead.weights += columns / 8 * ahead.weights_step) {
       next = m + tile_rows(w, rows - m);
       int32_t* sum = sums + m * kPanelRows;
       const int32_t* starts = k == 0 ? w.starts + panel * kPanelRows : sum;
-      integer_tiles(w, panel, k, next - m, columns, op.a + (first + m) * w.depth + k, part, nothing, starts, k == 0 ? 0 : kPanelRows, sum);
+      integer_tiles(w, panel, k, next - m, columns, op.a + (first + m) * w.depth + k, part, ahead, starts, k == 0 ? 0 : kPanelRows, sum);
     }
   }
 }

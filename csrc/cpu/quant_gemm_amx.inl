@@ -12,27 +12,34 @@ inline int64_t tile_rows(const QuantWeights& w, int64_t left) {
   return tiled(w) ? (left < kTileRows ? left : kTileRows) : equal_parts(left, kVnniRows);
 }
 
-// `part`(k): the values of columns [k, k + 64), asked for while the 64 before are multiplied.
+// tile(k, n): where the values of columns [k, k + 64) of group n lie, asked for in order and two tiles before they are multiplied.
 template <typename F>
-inline void sixteen_rows(int64_t columns, const uint8_t* a, const F& part, const int32_t* starts, int32_t* sums) {
+inline void sixteen_rows(int64_t columns, const uint8_t* a, const F& tile, const int32_t* starts, int32_t* sums) {
   _tile_loadd(0, starts, 0);
   _tile_loadd(1, starts + 16, 0);
   _tile_loadd(2, starts + 32, 0);
   _tile_loadd(3, starts + 48, 0);
-  PanelValues b = part(0);
+  const int8_t *even = tile(0, 0), *odd = tile(0, 1);
+  const auto fence = [] { asm volatile("" ::: "memory"); };  // _tile_loadd does not tell the compiler that it reads what was unpacked
   for (int64_t k = 0; k < columns; k += 64) {
-    const PanelValues next = k + 64 < columns ? part(k + 64) : b;
-    asm volatile("" ::: "memory");  // _tile_loadd does not tell the compiler that it reads what was unpacked
+    const int64_t next = k + 64 < columns ? k + 64 : k;  // the last two are not used
+    fence();
     _tile_loadd(4, a + k * 16, 64);
-    _tile_loadd(5, b.values, 64);
-    _tile_loadd(6, b.values + b.group, 64);
+    _tile_loadd(5, even, 64);
     _tile_dpbusd(0, 4, 5);
-    _tile_loadd(7, b.values + 2 * b.group, 64);
+    even = tile(k, 2);
+    fence();
+    _tile_loadd(6, odd, 64);
     _tile_dpbusd(1, 4, 6);
-    _tile_loadd(5, b.values + 3 * b.group, 64);
+    odd = tile(k, 3);
+    fence();
+    _tile_loadd(7, even, 64);
     _tile_dpbusd(2, 4, 7);
+    even = tile(next, 0);
+    fence();
+    _tile_loadd(5, odd, 64);
     _tile_dpbusd(3, 4, 5);
-    b = next;
+    odd = tile(next, 1);
   }
   _tile_stored(0, sums, kPanelRows * 4);
   _tile_stored(1, sums + 16, kPanelRows * 4);
@@ -70,8 +77,8 @@ inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows,
                           Ahead ahead, const int32_t* starts, int64_t start_row, int32_t* sums) {
   if (!tiled(w)) return vnni_tiles(rows, columns, a, w.depth, b, ahead, starts, start_row, sums);
   const TileScope scope;
-  const auto part = [&](int64_t k) { return PanelValues{b.values + k * kGroupRows, b.group}; };
-  if (rows <= 16) return sixteen_rows(columns, a, part, starts, sums);
+  const auto tile = [&](int64_t k, int64_t n) { return b.values + n * b.group + k * kGroupRows; };
+  if (rows <= 16) return sixteen_rows(columns, a, tile, starts, sums);
   const auto nothing = [] {};
   four_tiles(columns, a, 16 * w.depth, b, starts, sums, kPanelRows, nothing);
   four_tiles(columns, a, 16 * w.depth, {b.values + 2 * b.group, b.group}, starts + 32, sums + 32, kPanelRows, nothing);
@@ -79,12 +86,29 @@ inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows,
 
 constexpr int64_t kFewRows = 16;
 
-// A block of at most kFewRows rows times low bits: 64 columns of a panel, 4 KB, are unpacked while tiles multiply the 64 before.
-inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t, int8_t* values, int32_t* sums) {
+template <int kBits>
+inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, bool next_is_own, int8_t* values, int32_t* sums) {
   const QuantWeights& w = op.weights;
-  const auto part = [&](int64_t k) {
-    return panel_values(w, panel, k, kCodeColumns, values + k / kCodeColumns % 2 * kCodeColumns * kPanelRows);
+  const int64_t next_panel = w.depth * kPanelRows * kBits / 8;
+  const auto tile = [&](int64_t k, int64_t n) {
+    const int64_t run = code_run(w, panel, n, k);
+    const uint8_t* codes = w.codes + run * kBits * 64;
+    if (next_is_own)
+      for (int i = 0; i < 2 * kBits; ++i) __builtin_prefetch(codes + next_panel + i * 64, 0, 2);
+    int8_t* to = values + (k / 16 + n) % 4 * 1024;
+    unpack<kBits>(codes, w.steps + run * kGroupRows, kCodeColumns, to);
+    return to;
   };
   const TileScope scope;
-  sixteen_rows(w.depth, op.a + first * w.depth, part, w.starts + panel * kPanelRows, sums);
+  sixteen_rows(w.depth, op.a + first * w.depth, tile, w.starts + panel * kPanelRows, sums);
+}
+
+// A block of at most kFewRows rows times low bits. Two tiles of values, of 1 KB, are unpacked while the ones before are multiplied, into a
+// ring of four: loads wait for earlier stores at the same place in another 4 KB.
+inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, bool next_is_own, int8_t* values, int32_t* sums) {
+  const QuantWeights& w = op.weights;
+  if (rows <= kCodesRows) return codes_gemm(w, panel, rows, {op.a + first * w.depth, kCodeColumns, 16 * kCodeColumns}, next_is_own, sums);
+  if (w.bits == 4) few_rows<4>(op, panel, first, next_is_own, values, sums);
+  if (w.bits == 3) few_rows<3>(op, panel, first, next_is_own, values, sums);
+  if (w.bits == 2) few_rows<2>(op, panel, first, next_is_own, values, sums);
 }

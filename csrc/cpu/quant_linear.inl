@@ -288,12 +288,12 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
   int8_t* unpacked = reinterpret_cast<int8_t*>(total + kMostRows * kPanelRows);
   alignas(64) float bias[kPanelRows];
   panel_bias(op, block, bias);
+  const bool next_is_own = op.together > 1 && (item + 1) % op.together != 0;
   if (w.bits < 8 && block.rows <= kFewRows) {
-    few_rows(op, block.panel, block.first, block.rows, unpacked, sums);
+    few_rows(op, block.panel, block.first, block.rows, next_is_own, unpacked, sums);
     return finish_sums(op, block, sums, bias);
   }
   const PanelValues values = product_values(w, block.panel, 0, w.depth, unpacked);
-  const bool next_is_own = op.together > 1 && (item + 1) % op.together != 0;
 #if defined(__AMX_INT8__)
   if (tiled(w) && plain(op, block) && block.rows > 16) return tiled_block(op, block, next_is_own, values, bias, sums);
 #endif
