@@ -21,7 +21,7 @@ WHY = "compute capability 10.0, above sm_90a"
 def capability(monkeypatch):
     """Sets the GPU's."""
     monkeypatch.delenv("KDKERNELS_CUDA_PRODUCTS", raising=False)
-    return lambda *value: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: value)
+    return lambda *value: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: value)
 
 
 @pytest.fixture
