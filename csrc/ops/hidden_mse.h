@@ -28,8 +28,7 @@ struct HiddenProjection {
   float* packed_rows;    // workspace: what the rows leave for the weight's gradient
 
   // Gradients for an upstream gradient of 1, contiguous; all null: not wanted. grad_bias may be null on its own, and grad_student
-  // where there is no token. Where `accumulate`,
-  // those of weight and bias are added to what an earlier layer has left.
+  // where there is no token. Where `accumulate`, those of weight and bias are added to what an earlier layer has left.
   float grad_weight;    // d(loss) / d(sum of squares)
   float* grad_student;  // [batch, tokens, d_s]
   float* grad_matrix;   // [d_t, d_s]

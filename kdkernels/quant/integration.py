@@ -86,7 +86,7 @@ class KdkernelsQuantizer(HfQuantizer):
                 tensor.data = tensor.data.clone()
         for name, module in packed.items():
             try:
-                module.weight  # noqa: B018  reads and checks it
+                _ = module.weight  # reads and checks it
             except ValueError as error:
                 raise ValueError(f"the checkpoint's {name}.packed is unusable: {error}") from None
         attach_all(model.requires_grad_(False))
