@@ -108,13 +108,16 @@ def bench_parts(table: Path, dry: bool) -> list[Part]:
         seconds = START_SECONDS + sum(ROW_SECONDS[each.op] for each in cases)
         name = f"rows-{'-'.join(ops)}" if has_goals or dry else f"rows-{ops[0]}-without-goals"
         (goals if has_goals else rest).append(Part(name, command, seconds, cases))
-    losses = []
-    for op, found in groupby((each for each in BENCHES if each.device == "cuda"), lambda each: each.op):
+    losses, more_losses = [], []
+    on_gpu = (each for each in BENCHES if each.device == "cuda")
+    for (op, has_goals), found in groupby(on_gpu, lambda each: (each.op, each.target != case.Target())):
         cases = tuple(found)
         options = ("--device", "cuda", "--csv", str(table), "--seconds", "4", "--compile-seconds", str(COMPILE_SECONDS))
         command = (sys.executable, "-m", "benches.run", op, *options)
-        losses.append(Part(f"losses-{op}", command, START_SECONDS + LOSS_SECONDS * len(cases), cases))
-    return goals + losses + rest
+        name = f"losses-{op}" if has_goals else f"losses-{op}-without-goals"
+        part = Part(name, command, START_SECONDS + LOSS_SECONDS * len(cases), cases)
+        (losses if has_goals else more_losses).append(part)
+    return goals + losses + more_losses + rest
 
 
 class Running:

@@ -28,7 +28,7 @@ CASES = [
 ]
 
 _CPU = [*logits.CPU, *attention.CPU, *attention_map.CPU, *hidden.CPU, *steps.CPU]
-_CUDA = [*logits.CUDA, *attention.CUDA]
+_CUDA = [*logits.CUDA, *attention.CUDA, *attention_map.CUDA, *hidden.CUDA, *steps.CUDA]
 
 BENCHES = [
     *(replace(case, target=target) for case, target in _CPU),

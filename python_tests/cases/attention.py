@@ -171,4 +171,5 @@ CUDA = [
         attention("attention_mse", "scores_b32_n512_bf16", "BERT-base", 512, 64, 64, batch=32, heads=12, on="scores"),
         Target(eager=12, memory=_independent_of_tokens),
     ),
+    (relation("b32_n512_bf16", "MiniLM's relations", 512, 384, 768, batch=32, num_heads=12), Target()),
 ]

@@ -84,3 +84,8 @@ CPU = [
         Target(eager=8, compile=2, memory=_rows_16_bytes),
     ),
 ]
+
+CUDA = [
+    (maps(op, "b32_n512_bf16", "BERT-base's maps", 512, batch=32, heads=12), Target())
+    for op in ("attention_map_mse", "attention_map_kl")
+]

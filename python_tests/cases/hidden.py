@@ -160,3 +160,14 @@ CPU = [
         Target(eager=4, compile=1.3, memory=lambda call: 12 * 8 * 256 + KIB),
     ),
 ]
+
+CUDA = [
+    (hidden("12x32x512x768_bf16", "every layer of BERT", 512, 768, batch=32, layers=12), Target()),
+    (
+        hidden("6x32x512x384_projected_bf16", "MiniLM-L6, BERT", 512, 384, 768, batch=32, layers=6, weights=1),
+        Target(),
+    ),
+    (cosine("64x512x1024_bf16", "the last hidden states of BERT-large", 512, 1024, batch=64), Target()),
+    (gram("nst_32x512x312x768_bf16", "TinyBERT and BERT", 512, 312, 768, batch=32, same=True, over="token"), Target()),
+    (moment("128x512x512_bf16", "MobileBERT's statistics transfer", 512, 512, batch=128), Target()),
+]

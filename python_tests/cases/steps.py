@@ -19,3 +19,10 @@ CPU = [
         Target(eager=6, compile=2),
     ),
 ]
+
+CUDA = [
+    (
+        tinybert("b64_n128_sst2_bf16", "as on the CPU, more sentences", batch=64, tokens=128, mask=4 * SST2_LENGTHS),
+        Target(),
+    ),
+]
