@@ -83,11 +83,11 @@ def _product(
 @triton.jit
 def _bias_of(bias, b, h, JOINED: tl.constexpr):
     """One head's bias, or all heads': (pointer, strides of own and streamed token, stride of heads, heads, factor)."""
-    pointer, strides, heads, factor = bias
-    pointer += b * strides[0]
+    pointer, of_batch, of_head, of_own, of_streamed, heads, factor = bias
+    pointer += b * of_batch
     if not JOINED:
-        pointer += h * strides[1]
-    return pointer, strides[2], strides[3], strides[1], heads, factor
+        pointer += h * of_head
+    return pointer, of_own, of_streamed, of_head, heads, factor
 
 
 @triton.jit
@@ -129,8 +129,9 @@ def _weigh(p, x):
 
 @triton.jit
 def _known_lse(lse, b, h, at, real):
-    """lse of rows `at` in base 2; `lse` is (tensor, strides of [batch, head, token])."""
-    address = lse[0] + b * lse[1][0] + h * lse[1][1] + at * lse[1][2]
+    """lse of rows `at` in base 2; `lse` is (tensor, its strides of batch, head and token)."""
+    pointer, of_batch, of_head, of_token = lse
+    address = pointer + b * of_batch + h * of_head + at * of_token
     return tl.load(address, mask=real, other=0.0) * KERNEL_LOG2E
 
 
@@ -260,7 +261,7 @@ def _forward_kernel(
 def _slope(x_s, x_t, stats, grad, row, query, keep, AXIS: tl.constexpr, LOSS: tl.constexpr, WIDTH: tl.constexpr):
     """The slope of a tile of scores whose queries lie along the axis that is not AXIS, from their stats.
 
-    With reduction "none", `grad` = (this head's upstream gradients, strides), one per query; else it is None.
+    With reduction "none", `grad` = (this head's upstream gradients, their stride), one per query; else it is None.
     """
     stats += row * WIDTH
     top_s = tl.expand_dims(tl.load(stats, mask=keep, other=0.0), AXIS)
@@ -276,7 +277,7 @@ def _slope(x_s, x_t, stats, grad, row, query, keep, AXIS: tl.constexpr, LOSS: tl
         delta = tl.expand_dims(tl.load(stats + 4, mask=keep, other=0.0), AXIS)
         slope = p_s * (slope - delta)
     if grad is not None:
-        slope *= tl.expand_dims(tl.load(grad[0] + query * grad[1][2], mask=keep, other=0.0), AXIS).to(tl.float32)
+        slope *= tl.expand_dims(tl.load(grad[0] + query * grad[1], mask=keep, other=0.0), AXIS).to(tl.float32)
     return slope
 
 
@@ -323,7 +324,7 @@ def _backward_kernel(
         mine_t = head_of(own_t, b, g, D_T, SIZE_T)
         of_s = _bias_of(bias_s, b, m, SIZE_S < D_S) if bias_s is not None else None
         of_t = _bias_of(bias_t, b, g, SIZE_T < D_T) if bias_t is not None else None
-        upstream = (grad[0] + b * grad[1][0] + m * grad[1][1], grad[1]) if PER_ROW else None
+        upstream = (grad[0] + b * grad[1] + m * grad[2], grad[3]) if PER_ROW else None
         row = b * strides_rows[0] + m * strides_rows[1]
         tile_own_t = load_tile(mine_t, at, real, 0, D_T, SIZE_T, BLOCK_T, DTYPE_T)
         for start in range(begin, end, BLOCK_N):
@@ -438,7 +439,7 @@ class Maps:
                 heads, factor = 1, factor * heads
             if transposed:
                 strides = (*strides[:2], strides[3], strides[2])
-            found.append((bias, strides, heads, factor * LOG2E))
+            found.append((bias, *strides, heads, factor * LOG2E))
         return found
 
     def row_strides(self, x: torch.Tensor) -> tuple[int, int, int]:
@@ -477,7 +478,7 @@ def forward(maps: Maps, reduction, need_grad):
         rows = empty(maps.row_shape, dtype=torch.float32)
     else:
         partial = maps.q_s.new_empty(programs, dtype=torch.float32)
-    lse = [None if x is None else (x, maps.row_strides(x)) for x in (maps.lse_s, maps.lse_t)]
+    lse = [None if x is None else (x, *maps.row_strides(x)) for x in (maps.lse_s, maps.lse_t)]
     _forward_kernel[(programs,)](
         *maps.views(), *maps.biases(transposed=False), *lse, sequences.places, maps.strides_of_rows, rows, partial,
         stats, maps.heads, sequences.tokens, maps.scale_s * LOG2E, maps.scale_t * LOG2E, **statics,
@@ -493,7 +494,7 @@ def backward(maps: Maps, grad, stats, reduction, d_q, d_k):
     statics, sequences = maps.statics(backward=True), maps.sequences
     tiles, power = triton.cdiv(sequences.tokens, statics["BLOCK_M"]), maps.power(reduction)
     per_row = reduction == REDUCTION["none"]
-    upstream = grad, maps.row_strides(grad) if per_row else ()
+    upstream = (grad, *maps.row_strides(grad)) if per_row else (grad,)
     weight, size = maps.scale_s * (2.0 if maps.loss == PROBS else 1.0), statics["SIZE_S"]
     q_s, k_s, q_t, k_t = maps.views()
 
@@ -511,4 +512,4 @@ def backward(maps: Maps, grad, stats, reduction, d_q, d_k):
 
     launch(q_s, k_s, q_t, k_t, d_q, 1, rows=True, cols=d_q is d_k)
     if d_q is not d_k:
-        launch(k_s, q_s, k_t, q_t, d_k, k_s[2], rows=False, cols=True)
+        launch(k_s, q_s, k_t, q_t, d_k, k_s[-1], rows=False, cols=True)

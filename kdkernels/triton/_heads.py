@@ -1,7 +1,8 @@
 """Queries and keys as the attention kernels see them: rows of one head of one sequence, through strides.
 
-A view is (tensor, strides of [batch, head, token, feature], group), where `group` heads of the loss share one head of
-the tensor (grouped queries). A row has D features; where D is more than the SIZE of one head, a row holds all heads
+A view is (tensor, its strides of batch, head, token and feature, group), where `group` heads of the loss share one head
+of the tensor (grouped queries). Tuples for kernels hold no tuples: Triton 3.6 loses what is constant in those, a stride
+of 1, where a loop begins. A row has D features; where D is more than the SIZE of one head, a row holds all heads
 side by side, and the product of two rows is the score summed over heads.
 
 Which tokens belong to a sequence comes as (order, count, first). A padded batch has `order` and `count` (see
@@ -59,8 +60,8 @@ def sequences_of(x, mask, cu_seqlens, max_seqlen) -> Sequences:
 def view(x: torch.Tensor, group: int = 1) -> tuple:
     """[B, H, N, d], or packed [tokens, H, d]."""
     if x.dim() == 4:
-        return x, x.stride(), group
-    return x, (0, x.stride(1), x.stride(0), x.stride(2)), group
+        return x, *x.stride(), group
+    return x, 0, x.stride(1), x.stride(0), x.stride(2), group
 
 
 def row_strides(x: torch.Tensor, packed: bool, joined: bool) -> tuple[int, int, int]:
@@ -78,23 +79,25 @@ def new_gradient(x: torch.Tensor, packed: bool) -> torch.Tensor:
 
 @triton.jit
 def head_of(x, b, h, D: tl.constexpr, SIZE: tl.constexpr):
-    """The rows of sequence b and head h of a view, or of all its heads: (pointer, strides, group)."""
-    pointer = x[0] + b * x[1][0]
+    """The rows of sequence b and head h of a view, or of all its heads: (pointer, strides of head, token and feature,
+    group)."""
+    pointer, of_batch, of_head, of_token, of_feature, group = x
+    pointer += b * of_batch
     if SIZE == D:
-        pointer += h // x[2] * x[1][1]
-    return pointer, x[1], x[2]
+        pointer += h // group * of_head
+    return pointer, of_head, of_token, of_feature, group
 
 
 @triton.jit
 def row_address(head, at, column, D: tl.constexpr, SIZE: tl.constexpr, SPREAD: tl.constexpr, member):
     """Addresses [rows, columns] of rows `at`. Column c of joined heads lies in head c // SIZE * SPREAD + member."""
-    pointer, strides, group = head
+    pointer, of_head, of_token, of_feature, group = head
     column = column.to(tl.int64)
     if SIZE == D:
-        offset = column * strides[3]
+        offset = column * of_feature
     else:
-        offset = (column // SIZE * SPREAD + member) // group * strides[1] + column % SIZE * strides[3]
-    return pointer + at[:, None] * strides[2] + offset[None, :]
+        offset = (column // SIZE * SPREAD + member) // group * of_head + column % SIZE * of_feature
+    return pointer + at[:, None] * of_token + offset[None, :]
 
 
 @triton.jit
