@@ -43,7 +43,8 @@ def test_values_on(isa):
         "no:cacheprovider",
         "python_tests/test_values.py",
         "-k",
-        "test_error_against_float64",
+        # What makes several chunks of rows out of one is no ISA's: one type shows that sums go on in the next chunk.
+        "test_error_against_float64 and (not chunks or chunks-float32)",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 

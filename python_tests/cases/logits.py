@@ -91,7 +91,7 @@ LINEAR_KD_LOSS = [
     linear("deep_lead", "four leading dimensions", lead=(2, 1, 3, 2), classes=26),
     linear("panels", "three panels of classes, the last one short", lead=(5, 7), classes=2500, bias=True, mask="holes"),
     linear("vocabulary", "BERT's vocabulary", lead=(3,), classes=30522, temperature=2.0),
-    linear("chunks", "more rows than a chunk has", lead=(600,), classes=30522, d_s=2, d_t=3, mask=None),
+    linear("chunks", "more rows than a chunk has: the last chunk is short", (259,), 30522, d_s=2, d_t=3, bias=True),
     linear("mask_holes", "padded rows are not computed", lead=(3, 7), mask="holes", temperature=2.0),
     linear("mask_lengths", "one sequence all padding", lead=(3, 7), mask=(7, 0, 2), kind="ce", bias=True),
     linear("labels", "soft and hard term", lead=(3, 7), labels=True, alpha=0.3, temperature=2.0),
