@@ -40,6 +40,18 @@ def test_kernels_stay_within_their_limits():
     assert [kernel for kernel in found if kernel.excess] == []
 
 
+@needs_nvcc
+@pytest.mark.parametrize("source", ["quant_unpack", "varlen_attention"])
+def test_sm75_stays_within_the_limits(source, tmp_path):
+    """Which no default build has; all sources would take a minute."""
+    library = tmp_path / f"{source}.so"
+    options = ["-arch=sm_75", "-O3", "-std=c++17", "-I", ROOT / "csrc", "-Xcompiler=-fPIC", "-shared"]
+    subprocess.run(["nvcc", *options, ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", library], check=True)
+    found = gpu_resources.of_library(library)
+    assert {(kernel.arch, kernel.name.split("::")[0]) for kernel in found} == {("sm_75", source)}
+    assert [kernel for kernel in found if kernel.excess] == []
+
+
 @pytest.mark.parametrize(
     ("arch", "threads", "registers", "shared", "expected"),
     [

@@ -178,8 +178,17 @@ __device__ void mma(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
 }
 
 // c += a b over 16 columns in fp32, without tensor cores: fragments as above, element i of register r at [r][i]. Each lane asks the others
-// for the rows and columns of its four sums.
-__device__ inline void multiply_floats(float (&c)[4], const float (&a)[4][2], const float (&b)[2][2]) {
+// for the rows and columns of its four sums. A call, since hundreds of copies of it in one kernel take ptxas a minute; in words that go
+// by registers.
+struct Floats {
+  float4 c, a[2], b;
+};
+
+__device__ __noinline__ inline float4 multiply_floats(Floats given) {
+  float c[4], a[4][2], b[2][2];
+  memcpy(c, &given.c, sizeof c);
+  memcpy(a, given.a, sizeof a);
+  memcpy(b, &given.b, sizeof b);
   const int lane = threadIdx.x % 32, of_rows = lane / 4 * 4, of_columns = lane % 4 * 8;
 #pragma unroll 1
   for (int other = 0; other < 4; ++other) {
@@ -195,6 +204,16 @@ __device__ inline void multiply_floats(float (&c)[4], const float (&a)[4][2], co
       for (int r = 0; r < 4; ++r) c[r] = fmaf(row[r / 2], column[r % 2], c[r]);
     }
   }
+  return {c[0], c[1], c[2], c[3]};
+}
+
+__device__ inline void multiply_floats(float (&c)[4], const float (&a)[4][2], const float (&b)[2][2]) {
+  Floats given;
+  memcpy(&given.c, c, sizeof c);
+  memcpy(given.a, a, sizeof a);
+  memcpy(&given.b, b, sizeof b);
+  given.c = multiply_floats(given);
+  memcpy(c, &given.c, sizeof c);
 }
 
 template <int kRegisters>

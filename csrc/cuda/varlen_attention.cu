@@ -35,7 +35,9 @@ struct Shape {
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, values
   static constexpr int shared_bytes(bool sm80) { return stages(sm80) * kStageBytes; }
   static constexpr int kOutStride = kSize + 8;
-  static constexpr int kBlocks = kSize <= 64 ? (kSm80 ? 4 : 3) : kSize <= 96 ? 3 : 2;  // that a multiprocessor shall hold
+  static constexpr bool kTensorCores = kSm80 || std::is_same<Element, __half>::value;
+  // That a multiprocessor shall hold.
+  static constexpr int kBlocks = kSize <= 64 ? (kSm80 ? 4 : 3) : kSize <= 96 && kTensorCores ? 3 : 2;
   static_assert(kTile * kOutStride * 4 <= kStageBytes);
 };
 

@@ -33,10 +33,14 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __noinline__ __attribute__((noinline))
 #define __shared__ static __attribute__((section("cuda_shared")))
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 struct dim3 {
   unsigned x, y, z;
