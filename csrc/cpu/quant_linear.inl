@@ -16,30 +16,41 @@ inline QuantBlock quant_block(const QuantLinear& op, int64_t item) {
   return {panel, first, op.rows - first < size ? op.rows - first : size, left < kPanelRows ? left : kPanelRows};
 }
 
-inline vf lookup(const float* table, vi32 index) {
+// The table of core/gelu_curve.h, one coefficient of a vector of pieces at a time. Registers hold all of it where it fits, since memory
+// might be what an output is written to, and read again for each.
+struct GeluCurve {
 #if defined(__AVX512F__)
-  return _mm512_permutex2var_ps(_mm512_loadu_ps(table), reinterpret_cast<vi>(index), _mm512_loadu_ps(table + 16));
-#elif defined(__AVX2__)
-  return _mm256_i32gather_ps(table, _mm256_and_si256(reinterpret_cast<vi>(index), _mm256_set1_epi32(kGeluPieces - 1)), 4);
+  vf half[8];
+  explicit GeluCurve(const float* curve) {
+    for (int i = 0; i < 8; ++i) half[i] = load(curve + i * 16);
+  }
+  vf operator()(int power, vi32 piece) const {
+    return _mm512_permutex2var_ps(half[2 * power], reinterpret_cast<vi>(piece), half[2 * power + 1]);
+  }
 #else
-  vf out;
-  for (int i = 0; i < W; ++i) out[i] = table[index[i] & (kGeluPieces - 1)];
-  return out;
+  const float* curve;
+  explicit GeluCurve(const float* curve) : curve(curve) {}
+  vf operator()(int power, vi32 piece) const {
+    const float* table = curve + power * kGeluPieces;
+#if defined(__AVX2__)
+    return _mm256_i32gather_ps(table, _mm256_and_si256(reinterpret_cast<vi>(piece), _mm256_set1_epi32(kGeluPieces - 1)), 4);
+#else
+    vf out;
+    for (int i = 0; i < W; ++i) out[i] = table[piece[i] & (kGeluPieces - 1)];
+    return out;
 #endif
-}
+  }
+#endif
+};
 
-// x / 2 + |x| T(|x|), see core/gelu_curve.h. A NaN takes some piece of the table and stays NaN.
-inline vf gelu(vf x, const float* curve) {
+// h + |h| T(|h|) of h = x / 2, see core/gelu_curve.h. A NaN takes some piece of the table and stays NaN.
+inline vf gelu_of_half(vf h, const GeluCurve& curve) {
   const vf magic = set1(8388608.0f), last = set1((kGeluPieces - 1) * kGeluStep), per_piece = set1(1 / kGeluStep);  // magic: 2^23
-  const vf whole = vabs(x), size = vmin(last, whole);
-  const vf rounded = fma(size, per_piece, magic);
-  const vi32 piece = reinterpret_cast<vi32>(rounded);  // in the lowest bits
-  const vf u = fma(size, per_piece, magic - rounded);
-  vf p = lookup(curve + 3 * kGeluPieces, piece);
-  p = fma(p, u, lookup(curve + 2 * kGeluPieces, piece));
-  p = fma(p, u, lookup(curve + kGeluPieces, piece));
-  p = fma(p, u, lookup(curve, piece));
-  return fma(whole, p, x * 0.5f);
+  const vf whole = vabs(h), size = vmin(last, whole);
+  const vi32 piece = reinterpret_cast<vi32>(fma(size, per_piece, magic));  // in the lowest bits
+  vf p = curve(3, piece);
+  for (int power = 2; power >= 0; --power) p = fma(p, size, curve(power, piece));
+  return fma(whole, p, h);
 }
 
 // e = exp(-2 |x|) - 1 keeps tanh = -e / (2 + e) exact near 0.
@@ -49,15 +60,29 @@ inline vf tanh(vf x) {
   return reinterpret_cast<vf>(reinterpret_cast<vi32>(-e / (e + 2.0f)) ^ sign);
 }
 
-template <Activation kActivation>
-inline vf activate(vf x, const float* curve) {
-  switch (kActivation) {
-    case Activation::kNone: return x;
-    case Activation::kRelu: return vmax(set1(0.0f), x);
-    case Activation::kTanh: return tanh(x);
-    default: return gelu(x, curve);
-  }
+// What Activate takes, as a share of x: scales and bias give it as easily as x.
+constexpr float activation_input(Activation activation) {
+  return activation == Activation::kGelu || activation == Activation::kGeluTanh ? 0.5f : 1.0f;
 }
+
+template <Activation kActivation>
+struct Activate {
+  explicit Activate(const float* /*curve*/) {}
+  vf operator()(vf x) const {
+    switch (kActivation) {
+      case Activation::kRelu: return vmax(set1(0.0f), x);
+      case Activation::kTanh: return tanh(x);
+      default: return x;
+    }
+  }
+};
+
+template <>
+struct Activate<Activation::kGelu> {
+  GeluCurve curve;
+  explicit Activate(const float* curve) : curve(curve) {}
+  vf operator()(vf h) const { return gelu_of_half(h, curve); }
+};
 
 // What finish_row reads of a block's sums: 16 lanes or fewer of row m, from column n on.
 struct FloatSums {
@@ -93,9 +118,10 @@ struct IntegerSums {
   }
 };
 
-// A row's 64 columns of a panel, times `scale`, to the output. `bias` is readable for 64 floats.
+// A row's 64 columns of a panel, times `scale`, to the output. `bias`: of panel_bias.
 template <Activation kActivation, typename Sums>
-inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m, const Sums& sums, float scale, const float* bias) {
+inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m, const Sums& sums, float scale, const float* bias,
+                       const Activate<kActivation>& activate) {
   const int64_t row = block.first + m, at = row * op.weights.rows + block.panel * kPanelRows;
   alignas(64) float result[kPanelRows], other[kPanelRows];
   const bool direct = op.out_dtype == DType::kF32 && block.columns == kPanelRows;
@@ -111,10 +137,10 @@ inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m
     }
     for (int64_t n = block.columns; n < kPanelRows; ++n) other[n] = 0;
   }
-  const vf times = set1(scale);
+  const vf times = set1(scale * activation_input(kActivation));
 #pragma GCC unroll 4
   for (int64_t n = 0; n < kPanelRows; n += W) {
-    vf y = activate<kActivation>(fma(sums(m, n), times, load(bias + n)), op.curve);
+    vf y = activate(fma(sums(m, n), times, load(bias + n)));
     if (residual) y += load(residual + n);
     store(out + n, y);
   }
@@ -123,8 +149,9 @@ inline void finish_row(const QuantLinear& op, const QuantBlock& block, int64_t m
 
 template <Activation kActivation, typename Sums>
 inline void finish_rows(const QuantLinear& op, const QuantBlock& block, const Sums& sums, const float* scales, const float* bias) {
+  const Activate<kActivation> activate(op.curve);
   for (int64_t m = 0; m < block.rows; ++m)
-    finish_row<kActivation>(op, block, m, sums, scales ? scales[block.first + m] : 1.0f, bias);
+    finish_row(op, block, m, sums, scales ? scales[block.first + m] : 1.0f, bias, activate);
 }
 
 inline void put(float* p, vf x) { store(p, x); }
@@ -137,17 +164,18 @@ inline void put(uint16_t* p, vf x) {
 }
 
 // The same where nothing is in the way: kColumns of float32 or bf16, with neither residual nor zeros. `column`: the first, of the output.
-template <Activation kActivation, int64_t kColumns>
-inline void finish_plain_row(const QuantLinear& op, int64_t row, int64_t column, const int32_t* sums, const float* bias) {
+template <int64_t kColumns, Activation kActivation>
+inline void finish_plain_row(const QuantLinear& op, int64_t row, int64_t column, const int32_t* sums, const float* bias,
+                             const Activate<kActivation>& activate) {
   const int64_t at = row * op.weights.rows + column;
-  const vf times = set1(op.a_scale[row]);
+  const vf times = set1(op.a_scale[row] * activation_input(kActivation));
   const auto finish = [&](auto* out) {
 #pragma GCC unroll 4
     for (int64_t n = 0; n < kColumns; n += W) {
       vi32 sum;
       __builtin_memcpy(&sum, sums + n, sizeof(sum));
       const vf scaled = __builtin_convertvector(sum, vf) * load(op.weights.scales + column + n);
-      put(out + n, activate<kActivation>(fma(scaled, times, load(bias + n)), op.curve));
+      put(out + n, activate(fma(scaled, times, load(bias + n))));
     }
   };
   op.out_dtype == DType::kF32 ? finish(static_cast<float*>(op.out) + at) : finish(static_cast<uint16_t*>(op.out) + at);
@@ -155,8 +183,9 @@ inline void finish_plain_row(const QuantLinear& op, int64_t row, int64_t column,
 
 template <Activation kActivation>
 inline void finish_plain_rows(const QuantLinear& op, const QuantBlock& block, const int32_t* sums, const float* bias) {
+  const Activate<kActivation> activate(op.curve);
   for (int64_t m = 0; m < block.rows; ++m)
-    finish_plain_row<kActivation, kPanelRows>(op, block.first + m, block.panel * kPanelRows, sums + m * kPanelRows, bias);
+    finish_plain_row<kPanelRows>(op, block.first + m, block.panel * kPanelRows, sums + m * kPanelRows, bias, activate);
 }
 
 // `bias`: of panel_bias.
@@ -183,12 +212,12 @@ inline void finish_plain(const QuantLinear& op, const QuantBlock& block, const i
   }
 }
 
-// The panel's bias, or zeros, as kPanelRows floats.
+// The panel's bias, or zeros, as kPanelRows floats, times activation_input.
 inline void panel_bias(const QuantLinear& op, const QuantBlock& block, float* bias) {
   for (int64_t n = 0; n < kPanelRows; ++n) bias[n] = 0;
   if (!op.bias) return;
   const float* given = as_floats(op.bias, op.bias_dtype, block.panel * kPanelRows, 1, block.columns, bias);
-  if (given != bias) __builtin_memcpy(bias, given, block.columns * sizeof(float));
+  for (int64_t n = 0; n < block.columns; ++n) bias[n] = given[n] * activation_input(op.activation);
 }
 
 constexpr int64_t kMostRows = kTileRows > kFewRows ? kTileRows : kFewRows;
@@ -236,8 +265,9 @@ inline void tiled_block(const QuantLinear& op, const QuantBlock& block, bool nex
     int64_t row, rows, n;
     const int32_t* sums;
   } last{};
+  const Activate<kActivation> activate(op.curve);
   const auto finish_row = [&] {
-    finish_plain_row<kActivation, kHalf>(op, last.row++, block.panel * kPanelRows + last.n, last.sums, bias + last.n);
+    finish_plain_row<kHalf>(op, last.row++, block.panel * kPanelRows + last.n, last.sums, bias + last.n, activate);
     last.sums += kHalf;
     --last.rows;
   };
