@@ -180,6 +180,21 @@ def test_cosine_of_a_student_near_its_teacher():
     assert ((1 - F.cosine_similarity(student, teacher, dim=-1)).mean() - truth).abs() > 0.1 * truth
 
 
+def test_cosines_of_all_sizes():
+    """From one half on 1 - cos is made from the distance: neither way loses digits where they meet, nor at the ends."""
+    teacher, other = torch.randn(2, 64, 96), torch.randn(2, 64, 96)
+    wanted = torch.cat([torch.linspace(-1, 1, 64), torch.linspace(0.499, 0.501, 64)]).view(2, 64, 1)
+    unit = F.normalize(teacher, dim=-1)
+    across = F.normalize(other - (other * unit).sum(-1, keepdim=True) * unit, dim=-1)
+    student = wanted * unit + (1 - wanted.square()).clamp(min=0).sqrt() * across
+    for row in range(64):
+        given = student[:, row : row + 1], teacher[:, row : row + 1]
+        loss, grad = gradient(functional.hidden_cosine, *given)
+        truth, true_grad = gradient(reference.hidden_cosine, *(x.double() for x in given))
+        torch.testing.assert_close(loss.double(), truth, rtol=3e-7, atol=0)
+        torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-7)
+
+
 def test_variance_of_states_far_from_zero():
     """E[x^2] - E[x]^2 loses a variance of 1 beside a mean of 4096."""
     student, teacher = 4096 + torch.randn(2, 9, 64), 4096 + 1.1 * torch.randn(2, 9, 64)

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map_only
 
 from kdkernels import functional
 
-from .case import OPS, Case, evaluate
+from .case import OPS, Case, evaluate, upstream
 from .cases import CASES, of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,17 +51,20 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def recorded(case: Case) -> list[tuple]:
+def recorded(case: Case) -> tuple[tuple, tuple]:
+    """The calls of the op and of its backward: that of a second one, after which nothing that forward left is there."""
+    call = case.make()
     with Recorder() as recorder:
-        evaluate(getattr(functional, case.op), case.make())
-    return recorder.calls
+        loss = getattr(functional, case.op)(**call.arguments)
+        for _ in range(2):
+            torch.autograd.grad(loss, call.leaves, upstream(loss), retain_graph=True)
+    return recorder.calls[0], recorder.calls[-1]
 
 
 @pytest.mark.parametrize("case", SOME, **ids)
 def test_opcheck(case):
-    calls = recorded(case)
-    assert [str(call[0]) for call in calls] == [f"kdkernels.{case.op}.default", f"kdkernels.{case.op}_backward.default"]
-    (forward, *given), (backward, *saved) = calls
+    (forward, *given), (backward, *saved) = recorded(case)
+    assert [str(forward), str(backward)] == [f"kdkernels.{case.op}.default", f"kdkernels.{case.op}_backward.default"]
     torch.library.opcheck(forward, *given)
     # Backward has no derivative of its own, and says so (test_gradients.py).
     torch.library.opcheck(backward, *tree_map_only(torch.Tensor, torch.Tensor.detach, saved))

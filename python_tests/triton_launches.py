@@ -182,7 +182,7 @@ def run_linear_kd_loss(dtype, kind):
 def run_hidden_cosine(dtype, layers):
     student, teacher = ([torch.empty(2, 256, 768, dtype=dtype) for _ in range(layers)] for _ in range(2))
     mask = mask_for(run_hidden_cosine, layers)
-    hidden_cosine.hidden_cosine(student, teacher, mask)
+    hidden_cosine.hidden_cosine(student, teacher, mask, False)
     hidden_cosine.hidden_cosine_backward(UPSTREAM, student, teacher, mask)
 
 

@@ -75,8 +75,7 @@ struct Table {
   void (*normalize_rows)(const NormalizeRows&, int64_t item);  // one item = kQuantizedRows rows
 
   // Items as without a projection.
-  void (*hidden_cosine_forward)(const HiddenLayers&, int64_t item, float* scratch);
-  void (*hidden_cosine_backward)(const HiddenLayers&, int64_t item, float* scratch);
+  void (*hidden_cosine)(const HiddenLayers&, int64_t item, float* scratch);
   void (*moment_forward)(const MomentMse&, int64_t item, float* scratch);
   void (*moment_backward)(const MomentMse&, int64_t item, float* scratch);
 

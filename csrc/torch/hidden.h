@@ -66,9 +66,9 @@ Tensor run_hidden_forward(HiddenCall<Op>& call, const Tensor& like, Kernel kerne
   return new_scalar(like, total);
 }
 
-template <typename Op, typename Kernel>
-std::vector<Tensor> run_hidden_backward(HiddenCall<Op>& call, const Tensor& grad, const std::vector<Tensor>& student, Kernel kernel) {
-  const float upstream = upstream_of(grad);
+// Memory for the students' gradients for this upstream gradient, which the next run of the kernel fills.
+template <typename Op>
+std::vector<Tensor> want_gradients(HiddenCall<Op>& call, const float& upstream, const std::vector<Tensor>& student) {
   call.op.upstream = &upstream;
   std::vector<Tensor> grads;
   int64_t bytes = 0;
@@ -78,6 +78,13 @@ std::vector<Tensor> run_hidden_backward(HiddenCall<Op>& call, const Tensor& grad
     bytes += grads[l].numel() * grads[l].element_size();
   }
   call.op.past_cache = past_cache(bytes);
+  return grads;
+}
+
+template <typename Op, typename Kernel>
+std::vector<Tensor> run_hidden_backward(HiddenCall<Op>& call, const Tensor& grad, const std::vector<Tensor>& student, Kernel kernel) {
+  const float upstream = upstream_of(grad);
+  std::vector<Tensor> grads = want_gradients(call, upstream, student);
   run_hidden_items(call, kernel);
   return grads;
 }

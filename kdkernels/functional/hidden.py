@@ -1,5 +1,7 @@
 """Losses on hidden states."""
 
+import torch
+
 from .. import _checks, ops, reference
 from .._load import serves
 from ..ops._common import NORMALIZE, OVER, VARIANCE
@@ -64,7 +66,13 @@ def hidden_cosine(student, teacher, mask=None):
     mask = _checks.mask(mask, students[0].shape[:2], students[0], "[batch, tokens]")
     if any_fp64(*students, *teachers) or not serves("hidden_cosine", students[0].device):
         return reference.hidden_cosine(students, teachers, mask)
-    return ops.hidden_cosine.call(students, teachers, mask)
+    keep = (  # 16-bit gradients would be rounded twice, and a compiled graph would keep a second copy
+        students[0].device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and all(x.dtype == torch.float32 for x in students)
+        and need_grad(*students)
+    )
+    return ops.hidden_cosine.call(students, teachers, mask, keep)[0]
 
 
 def moment_mse(student, teacher, mask=None, *, mean_weight=1.0, variance_weight=1.0, variance="absolute"):
@@ -173,8 +181,24 @@ def _check_hidden_layer(s, t, w, b, first) -> None:
         raise ValueError(f"bias must have the shape [D_t] = {[t.shape[2]]}, got {list(b.shape)}")
 
 
+def _alike(s, t) -> bool:
+    """Whether these are what most calls give, legal at a glance."""
+    return (
+        type(s) is type(t) is torch.Tensor
+        and s.dtype == t.dtype
+        and s.dtype in _checks.FLOATS
+        and s.dim() == 3
+        and s.shape == t.shape
+        and s.shape[2] > 0
+        and s.device == t.device
+        and not t.requires_grad
+    )
+
+
 def _pairs_of_layers(student, teacher) -> tuple[list, list]:
     """Both as lists of as many layers of one width on one token grid."""
+    if _alike(student, teacher):
+        return [student], [teacher]
     students, teachers = _layers("student", student), _layers("teacher", teacher)
     if len(students) != len(teachers):
         raise ValueError(f"student and teacher must have as many layers; got {len(students)} and {len(teachers)}")

@@ -1,4 +1,8 @@
-"""hidden_cosine: schema, fake and autograd. Backward reads both states again and nothing is saved."""
+"""hidden_cosine: schema, fake and autograd.
+
+With `need_grad` forward leaves the gradients for an upstream gradient of 1 and the first backward scales them in place;
+else, and in a second backward, both states are read again.
+"""
 
 import torch
 
@@ -6,13 +10,14 @@ from ._common import LIBRARY, define, forbid_double_backward, register_autograd,
 
 _INPUTS = "Tensor[] student, Tensor[] teacher, Tensor? mask"
 
-define(f"hidden_cosine({_INPUTS}) -> Tensor")
+define(f"hidden_cosine({_INPUTS}, bool need_grad) -> (Tensor loss, Tensor[] grads)")
 define(f"hidden_cosine_backward(Tensor grad, {_INPUTS}) -> Tensor[]")
 
 
 @torch.library.register_fake("kdkernels::hidden_cosine", lib=LIBRARY)
-def _(student, teacher, mask):
-    return student[0].new_empty((), dtype=torch.float32)
+def _(student, teacher, mask, need_grad):
+    loss = student[0].new_empty((), dtype=torch.float32)
+    return loss, [x.new_empty(x.shape) for x in student] if need_grad else []
 
 
 @torch.library.register_fake("kdkernels::hidden_cosine_backward", lib=LIBRARY)
@@ -21,12 +26,16 @@ def _(grad, student, teacher, mask):
 
 
 def _setup_context(ctx, inputs, output):
-    student, teacher, mask = inputs
-    ctx.layers = len(student)
+    student, teacher, mask, _ = inputs
+    ctx.layers, ctx.grads = len(student), output[1]
     ctx.save_for_backward(*student, *teacher, mask)
 
 
 def _backward(ctx, grad):
+    grads, ctx.grads = ctx.grads, None
+    if grads and type(grads[0]) is torch.Tensor and not torch.is_grad_enabled():  # no tracing, no second derivative
+        torch._foreach_mul_(grads, grad)
+        return grads
     *states, mask = ctx.saved_tensors
     student, teacher = states[: ctx.layers], states[ctx.layers :]
     return run_backward(torch.ops.kdkernels.hidden_cosine_backward.default, grad, student, teacher, mask)

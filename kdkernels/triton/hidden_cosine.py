@@ -58,7 +58,7 @@ def _launch(students, teachers, mask, count, partial=None, grad=None, outs=None)
     )  # fmt: skip
 
 
-def hidden_cosine(student, teacher, mask):
+def hidden_cosine(student, teacher, mask, need_grad):
     count, losses = real_tokens(mask), []
     for group in alike(student, teacher):
         batch, tokens, width = student[group[0]].shape
@@ -66,7 +66,7 @@ def hidden_cosine(student, teacher, mask):
         partial = student[0].new_empty(len(group) * blocks, dtype=torch.float32)
         _launch([student[i] for i in group], [teacher[i] for i in group], mask, count, partial=partial)
         losses.append(finish(partial, count, host_divisor(mask, 1, batch, tokens, 1), 1))
-    return sum(losses[1:], losses[0])
+    return sum(losses[1:], losses[0]), []
 
 
 def hidden_cosine_backward(grad, student, teacher, mask):
