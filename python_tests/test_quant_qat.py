@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 import kdkernels
 from kdkernels.distill import DistillTrainer, Frozen, Match, Stage
 from kdkernels.distill.data import collator, encode
-from kdkernels.quant import Scheme, convert, pack, prepare_qat
+from kdkernels.quant import Scheme, convert, encoder, pack, prepare_qat
 from kdkernels.quant.modules import QuantEmbedding, QuantLinear
 from kdkernels.quant.packed import PackedWeight
 from kdkernels.quant.qat import FakeQuantLinear
@@ -87,7 +87,7 @@ def test_training_recovers_what_rounding_loses(scheme):
     """A classifier that has learnt to add two words modulo 3 is quantised as it is, and while it learns from itself."""
     ids = torch.cartesian_prod(torch.arange(5, 17), torch.arange(5, 17))
     labels = ((ids - 5) // 4).sum(1) % 3
-    model = tiny.bert(head=True, num_hidden_layers=3, initializer_range=0.2)
+    model = tiny.bert(head=True, num_hidden_layers=3, initializer_range=0.2, seed=3)
     _train(model.train(), lambda: cross_entropy(model(ids).logits, labels), steps=80, rate=3e-3)
     assert _accuracy(model, ids, labels) == 1.0
     with torch.no_grad():
@@ -105,8 +105,9 @@ def test_training_recovers_what_rounding_loses(scheme):
     assert rounded < 0.9 and trained > 0.97
 
 
-def test_distil_trainer(tmp_path):
-    """Distillation of a quantised student ends in a checkpoint that the kernels run."""
+def test_distil_trainer(tmp_path, monkeypatch):
+    """Distillation of a quantised student ends in a checkpoint that the kernels run, with the outputs that it had: to
+    rounding call by call, where nothing between is in bfloat16."""
     words = tiny.tokenizer()
     data = encode([{"text": text} for text in tiny.texts(24)], words, 24)
     teacher, student = tiny.bert(head=True), prepare_qat(tiny.bert(head=True, seed=1), "int4")
@@ -117,7 +118,9 @@ def test_distil_trainer(tmp_path):
     with torch.no_grad():
         expected = student.eval()(**batch).logits
         made = convert(student)
-        torch.testing.assert_close(made(**batch).logits, expected, rtol=0.02, atol=0.02)
+        with monkeypatch.context() as patch:
+            patch.setattr(encoder, "why_not_fused", lambda *_: "the test asks for it")
+            torch.testing.assert_close(made(**batch).logits, expected, rtol=1e-4, atol=1e-4)
     assert isinstance(made.bert.encoder.layer[0].output.dense, QuantLinear)
     assert isinstance(made.bert.embeddings.word_embeddings, QuantEmbedding)
     made.save_pretrained(tmp_path / "made")

@@ -321,15 +321,15 @@ class TestPlan:
         assert {schemes[name].bits for name in schemes if "encoder" in name} == {4}
         assert type(model.classifier) is torch.nn.Linear
 
-    @pytest.mark.parametrize(("scheme", "limit"), [("int8", 105.3), ("int4", 67.0), ("int3", 46.4), ("int2", 36.2)])
+    @pytest.mark.parametrize(("scheme", "limit"), [("int8", 109.93), ("int4", 69.84), ("int3", 48.17), ("int2", 37.48)])
     def test_size_of_bert_base(self, scheme, limit):
-        """MiB of the tensors in its checkpoint, which are laid out without being filled."""
+        """MB, of 10^6 bytes, of the tensors in its checkpoint, which are laid out without being filled."""
         with torch.device("meta"):
             model = transformers.BertModel(transformers.BertConfig())
         lay_out(model, plan(model, as_scheme(scheme), {}, []))
         tensors = [*model.parameters(), *model.buffers()]
-        size = sum(t.numel() * t.element_size() for t in tensors) / 2**20
-        assert 0.99 * limit < size <= limit
+        size = sum(t.numel() * t.element_size() for t in tensors) / 1e6
+        assert 0.999 * limit < size <= limit
 
     def test_bits_per_layer_by_name(self):
         model = kdkernels.quantize(tiny("bert"), "int4", bits_per_layer={"layer.0": 8, "layer.0.output.dense": "int2"})

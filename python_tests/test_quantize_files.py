@@ -124,6 +124,10 @@ class TestVocabularyHeads:
     def test_round_trip(self, name, scheme, tmp_path):
         model = tiny(name, transformers.AutoModelForMaskedLM)
         model.tie_weights()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases are 0 as they are made, which bfloat16 holds
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         inputs = batch(model.config)
         real = inputs["attention_mask"].bool()
         before = model(**inputs).logits
@@ -157,6 +161,21 @@ class TestVocabularyHeads:
         moved = copy.deepcopy(model).to(torch.bfloat16).to(torch.float32)
         cosine = torch.nn.functional.cosine_similarity(moved(**inputs).logits, expected, -1)
         assert cosine.mean() > 0.99
+
+    @pytest.mark.parametrize("kind", [transformers.AutoModel, transformers.AutoModelForMaskedLM], ids=["base", "head"])
+    @pytest.mark.parametrize("name", ["bert", "distilbert"])
+    @torch.no_grad()
+    def test_tying_changes_nothing_and_resizing_is_an_error(self, name, kind, tmp_path):
+        model = kdkernels.quantize(tiny(name, kind))
+        model.save_pretrained(tmp_path)
+        inputs = batch(model.config)
+        expected = model(**inputs)[0]
+        for other in (model, kind.from_pretrained(tmp_path), pickle.loads(pickle.dumps(model))):
+            other.tie_weights()
+            assert torch.equal(other(**inputs)[0], expected)
+            for given in ({"new_num_tokens": 70}, {"pad_to_multiple_of": 64}):
+                with pytest.raises(ValueError, match="resize_token_embeddings on the original model, then quantize"):
+                    other.resize_token_embeddings(**given)
 
     @pytest.mark.parametrize(
         "given",

@@ -6,7 +6,7 @@
 // All numbers are little-endian.
 //
 //   header   0  char[4]   "KDQW"
-//            4  uint16    version, 1
+//            4  uint16    version, 2
 //            6  uint8     bits: 8, 4, 3 or 2
 //            7  uint8     group: 0 channel, 1 out, 2 in, 3 block
 //            8  uint8     1: symmetric, every zero is 2^(bits - 1)
@@ -22,7 +22,7 @@
 //            4 bits  byte i = c[i] | c[i + 16] << 4
 //            2 bits  byte i = c[i] | c[i + 8] << 2 | c[i + 16] << 4 | c[i + 24] << 6
 //            3 bits  the lower two bits of each code as for 2 bits, then 4 bytes: bit j of byte i = the upper bit of c[i + 4 * j]
-//   scales   float32: per row (channel, and block below 8 bits), per group of rows (out) or of columns (in), or per row and block
+//   scales   bfloat16: per row (channel, and block below 8 bits), per group of rows (out) or of columns (in), or per row and block
 //            (block at 8 bits, row-major)
 //   zeros    uint8 per scale; only where asymmetric, and not for block below 8 bits
 //   steps    block below 8 bits: uint8 per row and block, row-major: step | z << (8 - bits), with step >= 1; else absent
@@ -42,7 +42,7 @@ enum class Group : uint8_t { kChannel = 0, kOut = 1, kIn = 2, kBlock = 3 };
 constexpr int64_t kPackedHeader = 64, kPackedAlign = 64;
 constexpr int64_t kCodeRun = 32;                  // columns whose codes lie together
 constexpr int64_t kMaxColumns = 32768;            // sums of 8-bit products, and every part of one, stay within int32
-constexpr uint16_t kPackedVersion = 1;
+constexpr uint16_t kPackedVersion = 2;
 
 inline int64_t packed_round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -53,7 +53,7 @@ struct Packed {
   Group group;
   bool symmetric;
   const uint8_t* codes;
-  const uint8_t* scales;  // float32, 64-byte aligned in the blob
+  const uint8_t* scales;  // bfloat16
   const uint8_t* zeros;   // null where absent, as steps
   const uint8_t* steps;
 
@@ -102,8 +102,8 @@ inline int64_t scale_index(const Packed& p, int64_t row, int64_t column) {
 }
 
 inline float scale_at(const Packed& p, int64_t i) {
-  float scale;
-  std::memcpy(&scale, p.scales + i * 4, 4);
+  float scale = 0;
+  std::memcpy(reinterpret_cast<uint8_t*>(&scale) + 2, p.scales + i * 2, 2);  // bfloat16 is a float32's upper half
   return scale;
 }
 
@@ -122,7 +122,7 @@ inline int64_t packed_sections(const uint8_t* blob, Packed& p) {
     return begin;
   };
   p.codes = section(p.rows * p.row_bytes());
-  p.scales = section(p.num_scales() * 4);
+  p.scales = section(p.num_scales() * 2);
   if (p.has_zeros()) p.zeros = section(p.num_scales());
   if (p.two_level()) p.steps = section(p.rows * p.groups());
   return at;

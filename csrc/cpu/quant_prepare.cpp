@@ -156,7 +156,8 @@ bool quant_prepared_from(const Packed& packed, const QuantWeights& w) {
 }
 
 void quant_restore(const QuantWeights& w, const Packed& p) {
-  uint8_t *codes = const_cast<uint8_t*>(p.codes), *zeros = const_cast<uint8_t*>(p.zeros), *steps = const_cast<uint8_t*>(p.steps);
+  uint8_t *codes = const_cast<uint8_t*>(p.codes), *scales = const_cast<uint8_t*>(p.scales);
+  uint8_t *zeros = const_cast<uint8_t*>(p.zeros), *steps = const_cast<uint8_t*>(p.steps);
   const int64_t padded = w.panels * kPanelRows, middle = 1 << (p.bits - 1), runs = w.depth / kCodeRun;
   for (int64_t row = 0; row < p.rows; ++row) {
     const int64_t group = row / kGroupRows, lane = row % kGroupRows;
@@ -179,7 +180,7 @@ void quant_restore(const QuantWeights& w, const Packed& p) {
     const bool in = p.group == Group::kIn, by_block = p.group == Group::kBlock && !p.two_level();
     const int64_t first = in || p.group == Group::kOut ? i * p.group_size : i;  // of the group's columns or rows
     const int64_t at = by_block ? i % p.groups() * padded + i / p.groups() : first;
-    std::memcpy(const_cast<uint8_t*>(p.scales) + i * 4, (in ? w.column_scales : w.scales) + at, 4);
+    std::memcpy(scales + i * 2, reinterpret_cast<const uint8_t*>((in ? w.column_scales : w.scales) + at) + 2, 2);
     if (zeros) zeros[i] = static_cast<uint8_t>((in ? w.column_zeros[at] : w.zeros[at]) + middle);
   }
 }

@@ -24,8 +24,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .scheme import Scheme
 
 METHOD = "kdkernels"
-# 1 had position embeddings in float32, and word embeddings in 8 bits beside every scheme; 2 had vocabulary heads twice.
-FORMAT = 3
+# 1 had position embeddings in float32, and word embeddings in 8 bits beside every scheme; 2 had vocabulary heads twice;
+# 3 had scales and biases in float32.
+FORMAT = 4
 
 
 @register_quantization_config(METHOD)
@@ -52,7 +53,10 @@ class KdkernelsConfig(QuantizationConfigMixin):
         **_,
     ):
         if format != FORMAT:
-            raise ValueError(f"quantization_config has format {format!r}; this version of kdkernels reads {FORMAT}")
+            raise ValueError(
+                f"quantization_config has format {format!r}; this version of kdkernels reads {FORMAT}: quantize the "
+                "original model again"
+            )
         self.quant_method = METHOD
         self.scheme, self.bits_per_layer, self.skip = scheme, dict(bits_per_layer), list(skip)
         self.tied, self.digest, self.format = sorted(tied), digest, format

@@ -14,6 +14,7 @@ from .packed import PackedWeight, blob_bytes
 from .scheme import Scheme
 
 _LAYING_OUT = threading.Lock()
+BIAS = torch.bfloat16  # dtype of a quantised linear's bias
 
 
 class Packed(nn.Module):
@@ -82,7 +83,7 @@ class QuantLinear(Packed):
     """A linear layer on a packed weight [out_features, in_features], for inference.
 
     A call takes [..., in_features] in float32, bfloat16 or float16 and returns [..., out_features] in the same dtype.
-    Made empty it waits for a checkpoint.
+    The bias is kept in bfloat16, the scales' precision. Made empty it waits for a checkpoint.
     """
 
     _prepare = True
@@ -90,7 +91,7 @@ class QuantLinear(Packed):
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool = True):
         super().__init__(out_features, in_features, scheme)
         self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=BIAS), requires_grad=False) if bias else None
 
     @classmethod
     def like(cls, module: nn.Linear, scheme: Scheme) -> "QuantLinear":
@@ -109,7 +110,7 @@ class QuantLinear(Packed):
         else:
             self.borrow(lender)
         if module.bias is not None:
-            self.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+            self.bias = nn.Parameter(module.bias.detach().to(BIAS), requires_grad=False)
         return self
 
     @property

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .grid import bounds, grid
-from .packed import MAX_COLUMNS, PackedWeight, Parts, num_scales, pack_blob, spread
+from .packed import MAX_COLUMNS, PackedWeight, Parts, num_scales, pack_blob, spread, storable
 from .scheme import Scheme, as_scheme
 
 # How much of the full range is given up at most, and in how many steps. Rounding error falls with the range's square.
@@ -55,8 +55,8 @@ def find_ranges(weight: torch.Tensor, scheme: Scheme, importance=None):
 
 
 def encode(weight: torch.Tensor, scheme: Scheme, scales, zeros, steps, *, prepare: bool = True) -> PackedWeight:
-    """Packs a weight with ranges that are known: each weight gets the nearest value there is. `prepare` as in
-    `PackedWeight`.
+    """Packs a weight with ranges that are known, scales of `storable`: each weight gets the nearest value there is.
+    `prepare` as in `PackedWeight`.
     """
     weight = weight.detach().float()
     ratio = weight / spread(scales, scheme, *weight.shape)
@@ -149,11 +149,11 @@ def _fit(groups: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme) -> t
     search = _Search(groups / full, counts, dim)  # in units of the full range's scale, whose square could overflow
     low, high = low / full, high / full
     for trial in range(_TRIALS):
-        unit = torch.full_like(full, 1 - _NARROWEST[scheme.bits] * trial / (_TRIALS - 1))
+        unit = storable(full * (1 - _NARROWEST[scheme.bits] * trial / (_TRIALS - 1))) / full
         for zero in (torch.full_like(full, middle),) if scheme.symmetric else _zeros(low, high, unit, most):
             search.attempt(unit, zero, least, most, unit, zero)
     unit, zero = search.kept
-    return (full * unit).flatten(), zero.flatten()
+    return storable(full * unit).flatten(), zero.flatten()
 
 
 def _zeros(low, high, scale, most):
@@ -182,7 +182,7 @@ def _fit_rows(blocks: torch.Tensor, counts: torch.Tensor | None, scheme: Scheme)
     most, middle, largest_step = 2**bits - 1, 2 ** (bits - 1), 2 ** (8 - bits) - 1
     low, high = blocks.amin(2).clamp_max(0), blocks.amax(2).clamp_min(0)
     scale = torch.maximum(torch.maximum(high, -low).amax(1) / 127, (high - low).amax(1) / (most * largest_step))
-    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    scale = storable(scale.clamp_min(torch.finfo(torch.float32).tiny))[:, None]
     low, high = ((end / scale).view(1, -1) for end in (low, high))
     scaled = (blocks / scale[..., None]).permute(2, 0, 1).reshape(size, -1)
     if counts is not None:

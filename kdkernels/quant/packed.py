@@ -10,7 +10,7 @@ import torch
 from .. import _load
 from .scheme import BITS, GROUPS, RUN, Scheme
 
-MAGIC, VERSION = b"KDQW", 1
+MAGIC, VERSION = b"KDQW", 2
 _HEADER = struct.Struct("<4sHBBBBHIqqq24x")
 _CHECKSUM = slice(12, 16)
 _ALIGN = 64
@@ -23,7 +23,7 @@ class Parts:
     """The numbers of a packed weight, each as the scheme shares them; `expand` gives them the weight's shape."""
 
     codes: torch.Tensor  # uint8 [rows, columns]
-    scales: torch.Tensor  # float32, flat
+    scales: torch.Tensor  # float32, flat; what bfloat16 holds (`storable`)
     zeros: torch.Tensor | None  # uint8, flat; None: the middle code, or in `steps`
     steps: torch.Tensor | None  # uint8 [rows, blocks]: step | z << (8 - bits)
 
@@ -122,6 +122,11 @@ class PackedWeight:
         return f"PackedWeight(shape={tuple(self.shape)}, {self.scheme}, {self.nbytes} bytes, {self.device})"
 
 
+def storable(scales: torch.Tensor) -> torch.Tensor:
+    """The nearest scales that can be stored, which are finite, as float32."""
+    return scales.clamp_max(torch.finfo(torch.bfloat16).max).to(torch.bfloat16).float()
+
+
 def spread(values: torch.Tensor, scheme: Scheme, rows: int, columns: int) -> torch.Tensor:
     """A value per group to [rows, columns], or what broadcasts to it."""
     if scheme.group == "in":
@@ -148,7 +153,7 @@ def _blocks(scheme: Scheme, columns: int) -> int:
 def _sections(scheme: Scheme, rows: int, columns: int) -> dict[str, int]:
     """Bytes of each section, in order."""
     scales = num_scales(scheme, rows, columns)
-    sizes = {"codes": rows * -(-columns // RUN) * 4 * scheme.bits, "scales": 4 * scales}
+    sizes = {"codes": rows * -(-columns // RUN) * 4 * scheme.bits, "scales": 2 * scales}
     if scheme.two_level:
         sizes["steps"] = rows * _blocks(scheme, columns)
     elif not scheme.symmetric:
@@ -178,6 +183,7 @@ def pack_blob(scheme: Scheme, parts: Parts) -> torch.Tensor:
     at = _ALIGN
     for name, size in sizes.items():
         data = _pack_codes(parts.codes, scheme.bits) if name == "codes" else getattr(parts, name)
+        data = data.to(torch.bfloat16) if name == "scales" else data
         blob[at : at + size] = data.contiguous().cpu().view(torch.uint8).flatten()
         at += _padded(size)
     blob[_CHECKSUM] = torch.frombuffer(bytearray(struct.pack("<I", _checksum(blob))), dtype=torch.uint8)
@@ -194,7 +200,7 @@ def _read_sections(blob: torch.Tensor, scheme: Scheme, shape: torch.Size) -> dic
     for name, size in _sections(scheme, *shape).items():
         found[name] = blob[at : at + size]
         at += _padded(size)
-    found["scales"] = found["scales"].clone().view(torch.float32)  # a copy is aligned
+    found["scales"] = found["scales"].clone().view(torch.bfloat16).float()  # a copy is aligned
     return found
 
 

@@ -17,9 +17,9 @@ from torch import nn
 from ..reference.quant_linear import quantize_rows
 from .grid import Grid, grid
 from .importance import mean_squares
-from .modules import QuantEmbedding, QuantLinear
+from .modules import BIAS, QuantEmbedding, QuantLinear
 from .pack import encode, find_ranges
-from .packed import spread
+from .packed import spread, storable
 from .quantize import finish, settle
 from .scheme import Scheme
 
@@ -79,7 +79,8 @@ class _FakeQuantized:
 
     def _ranges(self) -> torch.Tensor:
         """The trained scales. A factor that training drove to 0 or beyond leaves a grid so narrow that it is 0."""
-        return self.scales * self.factor.float().clamp_min(1e-6)
+        scales = self.scales * self.factor.float().clamp_min(1e-6)
+        return _StraightThrough.apply(scales, storable(scales.detach()))
 
     def _grid(self) -> Grid:
         return grid(self.scheme, self.zeros, self.steps, self.weight.shape)
@@ -108,13 +109,18 @@ class FakeQuantLinear(_FakeQuantized, nn.Linear):
             x, weight = _fake_quantize_rows(x * scales), values
         else:
             x, weight = _fake_quantize_rows(x), values * scales
-        return F.linear(x, weight.to(x.dtype), self.bias)
+        return F.linear(x, weight.to(x.dtype), self._rounded_bias())
+
+    def _rounded_bias(self) -> torch.Tensor | None:
+        if self.bias is None:
+            return None
+        return _StraightThrough.apply(self.bias, self.bias.detach().to(BIAS).to(self.bias.dtype))
 
     def quantised(self) -> QuantLinear:
         made = QuantLinear.like(self, self.scheme)
         made.packed = self._packed()
         if self.bias is not None:
-            made.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+            made.bias = nn.Parameter(self.bias.detach().to(BIAS, copy=True), requires_grad=False)
         return made
 
 

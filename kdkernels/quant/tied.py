@@ -1,7 +1,8 @@
 """Vocabulary heads whose weight is the word embedding's: packed once, stored once, and no parameter to tie any more.
 
 transformers names what is tied in `all_tied_weights_keys`, and ties it again wherever a model is loaded. A packed
-weight is no parameter, so its names are taken out of there, and the head borrows from the embedding (modules.py).
+weight is no parameter, and the bias beside it another than the float32 one, so their names are taken out of there, and
+the head borrows from the embedding (modules.py).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -34,12 +35,27 @@ def share(model: nn.Module, heads: Collection[str]) -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Takes what is packed out of the names of tied parameters."""
+    """Takes what is packed out of the names of tied parameters, so that tie_weights() ties the others alone, and makes
+    resize_token_embeddings() an error where a table is packed.
+    """
     for module in model.modules():
-        for target, source in list(getattr(module, "all_tied_weights_keys", {}).items()):
-            ends = (module.get_submodule(name.rpartition(".")[0]) for name in (target, source))
-            if target.endswith(_WEIGHT) and any(isinstance(end, Packed) for end in ends):
-                del module.all_tied_weights_keys[target]
+        if not isinstance(module, PreTrainedModel):
+            continue
+        kept = {
+            target: source
+            for target, source in module.all_tied_weights_keys.items()
+            if not any(isinstance(module.get_submodule(end.rpartition(".")[0]), Packed) for end in (target, source))
+        }
+        module.all_tied_weights_keys, module._tied_weights_keys = kept, dict(kept)
+        words = getattr(module.config, "vocab_size", None)
+        if any(isinstance(table, Packed) and table.shape[0] == words for table in module.modules()):
+            module._resize_token_embeddings = _refuse_resizing
+
+
+def _refuse_resizing(*_arguments, **_options):
+    raise ValueError(
+        "a quantised model's vocabulary is fixed: call resize_token_embeddings on the original model, then quantize it"
+    )
 
 
 def _declared(model: nn.Module) -> Iterator[tuple[str, str]]:
