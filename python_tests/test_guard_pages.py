@@ -44,6 +44,7 @@ def forbid(address: int) -> None:
 
 
 def run_all() -> None:
+    torch.set_num_threads(1)  # many small calls: waiting for a second thread takes most of the time
     for case in CASES:
         for side in ("behind", "before"):
             for dtypes in DTYPES:
