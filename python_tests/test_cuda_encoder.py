@@ -12,6 +12,8 @@ from .cuda_host.encoder import Host
 from .test_encoder import draw as draw_blocks
 from .test_quantize import batch, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-12
 # One segment, several; sums of codes or none.

@@ -14,6 +14,8 @@ from .cases import of
 from .cuda_host import Host, threads_reversed
 from .sparse import far_apart
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS, REDUCTIONS = list(KIND), list(REDUCTION)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -13,6 +13,8 @@ from .cuda_host import PLACES, threads_reversed
 from .cuda_host.quant_linear import Host
 from .test_quant_linear import SCHEMES, assert_close, draw, magnitude, name
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, in and out features: one, one more or less than a tile of 64 or 128, odd ones, more tiles than stages.
 SHAPES = [(1, 64, 64), (65, 100, 63), (3, 33, 129), (130, 330, 2)]

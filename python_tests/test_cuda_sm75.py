@@ -11,6 +11,8 @@ from . import test_cuda_quant_linear as products
 from . import test_cuda_varlen_attention as attention
 from .cuda_host.encoder import Host
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):

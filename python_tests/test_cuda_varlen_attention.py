@@ -13,6 +13,8 @@ from .cuda_host.varlen_attention import Host
 from .test_guard_pages import beside_a_guard
 from .test_varlen_attention import attention, draw
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Lengths, heads, size of a head: empty ones, one token, tiles of 64 filled, begun and one short, every padded size.

@@ -13,6 +13,8 @@ from kdkernels.quant.encoder import PackedTokens
 from .nosync import NoSync
 from .test_quantize import batch, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MASKS = {
     "right": [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]],
     "left": [[0, 0, 1, 1], [0, 1, 1, 1]],

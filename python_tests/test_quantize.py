@@ -18,6 +18,8 @@ from kdkernels.quant.scheme import as_scheme
 
 from . import tiny as tiny_bert
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = dict(vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=160)
 CONFIGS = {
     "bert": transformers.BertConfig(**SIZES),

@@ -13,6 +13,8 @@ from kdkernels.cli import main
 
 from . import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def teacher(tmp_path):

@@ -16,6 +16,8 @@ from kdkernels.quant.encoder import PaddingFree
 
 from .test_quantize import OTHERS, WEIGHT_ONLY, batch, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def flip(path, at):
     data = bytearray(path.read_bytes())
