@@ -12,36 +12,13 @@
 // (they cancel as student and teacher come near each other), more than this below some two thousand tokens of BERT's width. Sums are
 // single precision here: both products are made by the same instructions, so that equal inputs give exactly 0.
 
-int64_t gram_scratch(const GramMse& op) { return 2 * op.block * gram_tile_width(op) + gram_operand_floats(op); }
-
-// E in the student's tile, over the student's scale: where both scales are the same the difference is rounded once. Returns its sum of
-// squares. Of a tile on the diagonal only squares of kGramSquare lines on the diagonal and what is right of them are made.
-inline double gram_differences(const GramPair& g, float ratio, float* tile, const float* tile_t) {
-  const int64_t width = gram_tile_width(g.op);
-  double squares = 0;
-  for (int64_t i = 0; i < g.rows; ++i) {
-    const int64_t square = g.diagonal ? i / kGramSquare * kGramSquare : 0, beyond = g.diagonal ? square + kGramSquare : g.columns;
-    const auto sum_of = [&](int64_t begin, int64_t end) {
-      float* e = tile + i * width + begin;
-      const float* t = tile_t + i * width + begin;
-      return hidden_sum(end - begin, [&](int64_t j, int64_t lanes) {
-        const vf d = load_up_to(e + j, lanes, 0) - ratio * load_up_to(t + j, lanes, 0);
-        store_up_to(e + j, d, lanes);
-        return d * d;
-      });
-    };
-    squares += sum_of(square, beyond < g.columns ? beyond : g.columns);
-    if (beyond < g.columns) squares += 2 * sum_of(beyond, g.columns);
-  }
-  return squares;
-}
+int64_t gram_scratch(const GramMse& op) { return 2 * gram_tile_floats(op) + gram_operand_floats(op); }
 
 void gram_tile(const GramMse& op, int64_t item, float* scratch) {
   GramPair g{op};
   op.partial[item] = 0;
   if (!gram_pair(op, item, g)) return;
-  const int64_t floats = op.block * gram_tile_width(op);
-  float *tile = scratch, *tile_t = tile + floats, *memory = tile_t + floats;
+  float *tile = scratch, *tile_t = tile + gram_tile_floats(op), *memory = tile_t + gram_tile_floats(op);
   const double scale_s = 1.0 / g.depth(op.s0), scale_t = 1.0 / g.depth(op.t0);
   bool taken = gram_products(g, memory, tile, tile_t);
   const double squares = gram_differences(g, static_cast<float>(scale_t / scale_s), tile, tile_t);

@@ -27,9 +27,6 @@ inline bool gram_pair(const GramMse& op, int64_t item, GramPair& g) {
   return g.n > 0 && g.rows > 0 && g.columns > 0 && !(op.symmetric && block_1 < block_0);
 }
 
-// Of a tile's rows: an odd number of cache lines, so that they spread over cache sets.
-inline int64_t gram_tile_width(const GramMse& op) { return op.block + 16; }
-
 // The deepest that a line gets.
 inline int64_t gram_depth(const GramMse& op, const GramFactor& x) { return op.over_token ? x.features : op.tokens; }
 

@@ -6,11 +6,11 @@
 // Lines of a block, whole tiles and panels on every ISA: its operands fit into an L2 cache of 2 MiB up to 768 features, and packing them is
 // small beside their product.
 constexpr int64_t kGramBlock = 192;
-constexpr int64_t kGramTileWidth = kGramBlock + 16;
-constexpr int64_t kGramSquare = W;  // lines of a square on the diagonal, which is made whole
+constexpr int64_t kGramTileWidth = kGramBlock + 16;  // of a tile's rows: an odd number of cache lines, so that they spread over cache sets
 static_assert(kGramBlock % kRowPad == 0 && kGramBlock % kPanel == 0);
 
 inline int64_t gram_block(int64_t, int64_t) { return kGramBlock; }
+inline int64_t gram_tile_floats(const GramMse&) { return kGramBlock * kGramTileWidth; }
 
 inline int64_t gram_width(int64_t depth) { return round_up(depth, 32) + 16; }
 
@@ -127,12 +127,33 @@ inline bool gram_products(const GramPair& g, float* memory, float* tile, float* 
   return true;
 }
 
-// factor * E X_1 and factor * E^T X_0, or the former alone on the diagonal, to the gradients, after gram_products.
-inline bool gram_gradients(const GramPair& g, float* memory, float* e, float factor) {
-  const GramMse& op = g.op;
+// E in the student's tile, over the student's scale: where both scales are the same the difference is rounded once. Returns its sum of
+// squares; a tile on the diagonal is filled in below it.
+inline double gram_differences(const GramPair& g, float ratio, float* tile, const float* tile_t) {
+  double squares = 0;
+  for (int64_t i = 0; i < g.rows; ++i) {
+    const int64_t square = g.diagonal ? i / W * W : 0, beyond = g.diagonal ? square + W : g.columns;
+    const auto sum_of = [&](int64_t begin, int64_t end) {
+      float* e = tile + i * kGramTileWidth + begin;
+      const float* t = tile_t + i * kGramTileWidth + begin;
+      return hidden_sum(end - begin, [&](int64_t j, int64_t lanes) {
+        const vf d = load_up_to(e + j, lanes, 0) - ratio * load_up_to(t + j, lanes, 0);
+        store_up_to(e + j, d, lanes);
+        return d * d;
+      });
+    };
+    squares += sum_of(square, beyond < g.columns ? beyond : g.columns);
+    if (beyond < g.columns) squares += 2 * sum_of(beyond, g.columns);
+  }
   for (int64_t i = W; g.diagonal && i < g.rows; i += W)
     for (int64_t j = 0; j < i; j += W)
-      transpose_square(e + j * kGramTileWidth + i, kGramTileWidth, e + i * kGramTileWidth + j, kGramTileWidth);
+      transpose_square(tile + j * kGramTileWidth + i, kGramTileWidth, tile + i * kGramTileWidth + j, kGramTileWidth);
+  return squares;
+}
+
+// factor * E X_1 and factor * E^T X_0, or the former alone on the diagonal, to the gradients, after gram_products.
+inline bool gram_gradients(const GramPair& g, float* memory, const float* e, float factor) {
+  const GramMse& op = g.op;
   GramOperands b;
   gram_operands(op, memory, b);
   const int64_t depth = g.depth(op.s0), across = round_up(depth, W);

@@ -4,10 +4,12 @@
 // and the tiles of E stay in its L2 cache whatever the depth. On the diagonal one reading serves both sides of the product. For the
 // gradients E is packed kTileBlock lines at a time and meets all lines of the other factor. E is split as gradients are elsewhere:
 // into two parts where the gradients are 16-bit.
+//
+// A tile of E is panels of kTileBlock columns, [rows, kTileBlock] each, so that what a product has in registers lies in one page. On the
+// diagonal a panel ends with the square on the diagonal.
 
-constexpr int64_t kGramDepth = 128;         // a panel of kTileBlock lines, 24 KB, stays in an L1 cache while all others pass by
-constexpr int64_t kGramAcross = 384;        // steps of a gradient at once: of 512 lines 1.2 MB, in an L2 cache of 2 MB beside half of E
-constexpr int64_t kGramSquare = kTileBlock;  // lines of a square on the diagonal, which is made whole
+constexpr int64_t kGramDepth = 128;  // steps of a window: a panel of kTileBlock lines, 24 KB, stays in an L1 cache while all others pass by
+constexpr int64_t kGramAcross = 384;  // steps of a gradient at once: of 512 lines 1.2 MB, in an L2 cache of 2 MB beside half of E
 static_assert(kGramDepth % kTileDepth == 0 && kGramAcross % kTileBlock == 0);
 
 // Lines of a block. A sequence that is one block reads and packs every line once for E and once for the gradients; where there are few
@@ -15,6 +17,19 @@ static_assert(kGramDepth % kTileDepth == 0 && kGramAcross % kTileBlock == 0);
 inline int64_t gram_block(int64_t batch, int64_t lines) {
   const int64_t longest = batch < 8 ? 256 : 512;
   return lines > 0 && lines <= longest ? round_up(lines, kTileBlock) : 256;
+}
+
+// Floats of a tile before the panel of `column`.
+inline int64_t gram_panel_begin(int64_t block, bool diagonal, int64_t column) {
+  return diagonal ? column * (column + kTileBlock) / 2 : column * block;
+}
+
+inline int64_t gram_tile_floats(const GramMse& op) { return gram_panel_begin(op.block, op.symmetric && op.blocks == 1, op.block); }
+
+// The panel of a tile that starts with `column`, from `row` on.
+template <typename T>
+inline T* gram_panel(const GramPair& g, T* tile, int64_t column, int64_t row) {
+  return tile + gram_panel_begin(g.op.block, g.diagonal, column) + row * kTileBlock;
 }
 
 inline int64_t gram_parts(const GramFactor& x_0, const GramFactor& x_1) {
@@ -111,7 +126,7 @@ inline void gram_lines(const GramPair& g, const GramFactor& x, int64_t first, in
 
 // tile = X_0 X_1^T of an item.
 inline void gram_product(const GramPair& g, const GramFactor& x_0, const GramFactor& x_1, const GramOperands& memory, float* tile) {
-  const int64_t depth = g.depth(x_0), parts = gram_parts(x_0, x_1), rows = round_up(g.rows, kTileBlock), width = gram_tile_width(g.op);
+  const int64_t depth = g.depth(x_0), parts = gram_parts(x_0, x_1), rows = round_up(g.rows, kTileBlock);
   for (int64_t k = 0; k < depth; k += kGramDepth) {
     const int64_t steps = depth - k < kGramDepth ? depth - k : kGramDepth;
     const Tiles a = tiles(memory.a, steps, parts), b = tiles(memory.b, steps, parts);
@@ -119,7 +134,7 @@ inline void gram_product(const GramPair& g, const GramFactor& x_0, const GramFac
     if (!g.diagonal) gram_lines(g, x_1, g.first_1, g.columns, k, steps, parts, memory.window, nullptr, &b);
     for (int64_t n = 0; n < g.columns; n += kTileBlock)
       tile_product_of(parts, parts)(a, 0, g.diagonal ? n + kTileBlock : rows, {b.at(n, 0), b.depth, b.parts}, kTileBlock, 0,
-                                    round_up(steps, kTileDepth), tile + n, width, k > 0);
+                                    round_up(steps, kTileDepth), gram_panel(g, tile, n, 0), kTileBlock, k > 0);
   }
 }
 
@@ -146,7 +161,8 @@ inline bool gram_takes(const GramPair& g, const GramFactor& x_0, const GramFacto
     return (g.first_0 > 0 || gram_takes(g, x_1, g.first_1, g.columns, window)) && taken;
   }
   bool large = true;
-  for (int64_t i = 0; g.diagonal && i < g.rows; ++i) large &= tile[i * (gram_tile_width(g.op) + 1)] >= 0x1p-120f;
+  for (int64_t i = 0; g.diagonal && i < g.rows; ++i)
+    large &= gram_panel(g, tile, i / kTileBlock * kTileBlock, i)[i % kTileBlock] >= 0x1p-120f;
   return large || gram_takes(g, x_0, g.first_0, g.rows, window);
 }
 
@@ -163,25 +179,52 @@ inline bool gram_products(const GramPair& g, float* memory, float* tile, float* 
   return gram_takes(g, op.s0, op.s1, tile, buffers.window) && taken;
 }
 
+// E in the student's tile, over the student's scale: where both scales are the same the difference is rounded once. Returns its sum of
+// squares.
+inline double gram_differences(const GramPair& g, float ratio, float* tile, const float* tile_t) {
+  double squares = 0;
+  for (int64_t n = 0; n < g.columns; n += kTileBlock) {
+    const int64_t rows = g.diagonal ? n + kTileBlock : round_up(g.rows, kTileBlock);
+    for (int64_t m = 0; m < rows; m += kTileBlock) {
+      float* e = gram_panel(g, tile, n, m);
+      const float* t = gram_panel(g, tile_t, n, m);
+      const double of_block = hidden_sum(kTileBlock * kTileBlock, [&](int64_t i, int64_t) {
+        const vf d = load(e + i) - ratio * load(t + i);
+        store(e + i, d);
+        return d * d;
+      });
+      squares += g.diagonal && m < n ? 2 * of_block : of_block;
+    }
+  }
+  return squares;
+}
+
 // Lines [line, line + kTileBlock) of E, or of E^T: those of its numbers before `turned` are columns of e, the others rows.
 struct GramLines {
+  const GramPair& g;
   const float* e;
-  int64_t width, line, turned, inner;
+  int64_t line, turned, inner;
 };
 
 inline bool gram_lines_take(const GramLines& x) {
+  vf of_columns[kTileBlock / W]{};
+  const float* panel = gram_panel(x.g, x.e, x.line, 0);
+  for (int64_t i = 0; i < x.turned * kTileBlock; i += kTileBlock)
+    for (int64_t j = 0; j < kTileBlock / W; ++j) of_columns[j] = vmax(of_columns[j], vabs(load(panel + i + j * W)));
   bool taken = true;
-  for (int64_t line = x.line; line < x.line + kTileBlock; line += W) {
-    vf of_columns{};
-    for (int64_t k = 0; k < x.turned; ++k) of_columns = vmax(of_columns, vabs(load(x.e + k * x.width + line)));
-    for (int i = 0; i < W; ++i) {
-      vf largest{};
-      for (int64_t k = x.turned; k < x.inner; k += W) largest = vmax(largest, vabs(load(x.e + (line + i) * x.width + k)));
-      const float of_row = max(largest);
-      taken &= tiles_hold(of_row > of_columns[i] ? of_row : of_columns[i]);
-    }
+  for (int64_t i = 0; i < kTileBlock; ++i) {
+    vf largest = set1(of_columns[i / W][i % W]);
+    for (int64_t k = x.turned; k < x.inner; k += kTileBlock)
+      for (int64_t j = 0; j < kTileBlock; j += W) largest = vmax(largest, vabs(load(gram_panel(x.g, x.e, k, x.line + i) + j)));
+    taken &= tiles_hold(max(largest));
   }
   return taken;
+}
+
+inline void pack_gram_lines(const GramLines& x, const Tiles& a) {
+  pack_columns<true>(gram_panel(x.g, x.e, x.line, 0), kTileBlock, x.turned, kTileBlock, a, 0);
+  for (int64_t k = x.turned; k < x.inner; k += kTileBlock)
+    pack_rows<false>(gram_panel(x.g, x.e, k, x.line), kTileBlock, kTileBlock, kTileBlock, {a.at(0, k), a.depth, a.parts}, 0);
 }
 
 // factor * A X to the gradient of lines [first, first + count), where A is E or, `turned`, E^T, and has `inner` columns, which are lines of
@@ -203,11 +246,9 @@ inline bool gram_gradient(const GramPair& g, const float* e, bool turned, int64_
         gram_pack<false>(rows, stride, n, i, step, nullptr, &b, parts);
       });
     for (int64_t line = 0; line < count; line += kTileBlock) {
-      const GramLines of_e{e, gram_tile_width(g.op), line, g.diagonal ? line : turned ? steps : 0, steps};
+      const GramLines of_e{g, e, line, g.diagonal ? line : turned ? steps : 0, steps};
       if (k == 0) taken &= gram_lines_take(of_e);
-      pack_columns<true>(e + line, of_e.width, of_e.turned, kTileBlock, a, 0);
-      const Tiles rest{a.at(0, of_e.turned), a.depth, a.parts};
-      pack_rows<false>(e + line * of_e.width + of_e.turned, of_e.width, kTileBlock, steps - of_e.turned, rest, 0);
+      pack_gram_lines(of_e, a);
       for (int64_t step = 0; step < steps; step += kGramDepth)
         tile_product_of(a.parts, parts)(a, 0, kTileBlock, b, lines, step, steps - step < kGramDepth ? steps - step : kGramDepth,
                                         memory.product, kWidth, step > 0);
@@ -218,7 +259,7 @@ inline bool gram_gradient(const GramPair& g, const float* e, bool turned, int64_
   return taken;
 }
 
-inline bool gram_gradients(const GramPair& g, float* memory, float* e, float factor) {
+inline bool gram_gradients(const GramPair& g, float* memory, const float* e, float factor) {
   const TileScope scope;
   const GramMse& op = g.op;
   const GramOperands buffers = gram_operands(op, memory);

@@ -15,7 +15,11 @@ GramFactor gram_factor(const Tensor& x, const char* name, const Tensor& first) {
 
 // The loss, and gradients in `saved` where wanted.
 double run_gram(const cpu::Table& kernels, GramMse op, int64_t lines, const std::vector<Tensor>& saved) {
-  for (const Tensor& sum : saved) std::memset(sum.mutable_data_ptr(), 0, sum.numel() * sizeof(float));
+  for (const Tensor& sum : saved) {
+    const int64_t bytes = sum.numel() / std::max<int64_t>(op.batch, 1) * sizeof(float);
+    char* first = static_cast<char*>(sum.mutable_data_ptr());
+    run_items(op.batch, 0, [&](int64_t sequence, float*) { std::memset(first + sequence * bytes, 0, bytes); });
+  }
   op.block = kernels.gram_block(op.batch, lines);
   op.blocks = (lines + op.block - 1) / op.block;
   const int64_t items = op.batch * op.blocks;

@@ -84,6 +84,26 @@ def register_autograd(op: str, differentiable: tuple, setup_context, backward):
     return call
 
 
+def keep_grads(ctx, grads: list, students: list) -> bool:
+    """Keeps what forward left, the gradients for an upstream gradient of 1, for backward to scale in place.
+
+    False where that cannot be: gradients are of another dtype than the student's, or this is tracing, which must not
+    see a result of forward change later.
+    """
+    alike = (type(x) is torch.Tensor and x.dtype == s.dtype for x, s in zip(grads, students, strict=False))
+    ctx.grads = grads if all(alike) else []
+    return bool(ctx.grads)
+
+
+def scaled_grads(ctx, grad) -> list:
+    """What `keep_grads` kept, scaled; empty in a second backward, and where a second derivative is asked for."""
+    grads, ctx.grads = ctx.grads, []
+    if grads and not torch.is_grad_enabled():
+        torch._foreach_mul_(grads, grad)
+        return grads
+    return []
+
+
 def run_backward(overload, *args):
     """Calls a backward op; past autograd, which takes 8 us, where nobody asks for a second derivative.
 

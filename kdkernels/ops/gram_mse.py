@@ -1,7 +1,7 @@
 """gram_mse: schema, fake and autograd. s1 = t1 = None: both products are of one layer with itself.
 
 The gradients are small beside the work that leads to them, so on the CPU forward makes them on the way, tile by tile,
-and backward scales them; on a GPU backward makes the tiles again and nothing is saved.
+and backward scales them, in place if they are float32; on a GPU backward makes the tiles again and nothing is saved.
 """
 
 import torch
@@ -12,8 +12,10 @@ from ._common import (
     define,
     forbid_double_backward,
     grad_in_forward,
+    keep_grads,
     register_autograd,
     run_backward,
+    scaled_grads,
 )
 
 _INPUTS = "Tensor s0, Tensor? s1, Tensor t0, Tensor? t1, Tensor? mask"
@@ -35,13 +37,19 @@ def _(grad, s0, s1, t0, t1, mask, saved, over):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], *output[1])
+    kept = keep_grads(ctx, output[1], [x for x in inputs[:2] if x is not None])
+    ctx.save_for_backward(*inputs[:5], *(() if kept else output[1]))
     ctx.over = inputs[5]
 
 
 def _backward(ctx, grad):
-    kept = ctx.saved_tensors  # once: a checkpoint hands each out a single time
-    grads = run_backward(torch.ops.kdkernels.gram_mse_backward.default, grad, *kept[:5], list(kept[5:]), ctx.over)
+    grads = scaled_grads(ctx, grad)
+    if not grads:
+        kept = ctx.saved_tensors  # once: a checkpoint hands each out a single time
+        inputs, saved = kept[:5], list(kept[5:])
+        if not saved and grad_in_forward(inputs[0].device, REDUCTION["mean"], True):  # the first backward had them
+            saved = torch.ops.kdkernels.gram_mse.default(*inputs, ctx.over, True)[1]
+        grads = run_backward(torch.ops.kdkernels.gram_mse_backward.default, grad, *inputs, saved, ctx.over)
     return (*grads, None)[:2]
 
 

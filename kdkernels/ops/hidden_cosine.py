@@ -6,7 +6,7 @@ else, and in a second backward, both states are read again.
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, register_autograd, run_backward
+from ._common import LIBRARY, define, forbid_double_backward, keep_grads, register_autograd, run_backward, scaled_grads
 
 _INPUTS = "Tensor[] student, Tensor[] teacher, Tensor? mask"
 
@@ -27,14 +27,13 @@ def _(grad, student, teacher, mask):
 
 def _setup_context(ctx, inputs, output):
     student, teacher, mask, _ = inputs
-    ctx.layers, ctx.grads = len(student), output[1]
+    ctx.layers = len(student)
+    keep_grads(ctx, output[1], student)
     ctx.save_for_backward(*student, *teacher, mask)
 
 
 def _backward(ctx, grad):
-    grads, ctx.grads = ctx.grads, None
-    if grads and type(grads[0]) is torch.Tensor and not torch.is_grad_enabled():  # no tracing, no second derivative
-        torch._foreach_mul_(grads, grad)
+    if grads := scaled_grads(ctx, grad):
         return grads
     *states, mask = ctx.saved_tensors
     student, teacher = states[: ctx.layers], states[ctx.layers :]
