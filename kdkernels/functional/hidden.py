@@ -66,12 +66,9 @@ def hidden_cosine(student, teacher, mask=None):
     mask = _checks.mask(mask, students[0].shape[:2], students[0], "[batch, tokens]")
     if any_fp64(*students, *teachers) or not serves("hidden_cosine", students[0].device):
         return reference.hidden_cosine(students, teachers, mask)
-    keep = (  # 16-bit gradients would be rounded twice, and a compiled graph would keep a second copy
-        students[0].device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and all(x.dtype == torch.float32 for x in students)
-        and need_grad(*students)
-    )
+    # 16-bit gradients would be rounded twice, and a compiled graph would keep a second copy.
+    exact = students[0].device.type == "cpu" and {x.dtype for x in students} == {torch.float32}
+    keep = exact and need_grad(*students) and not torch.compiler.is_compiling()
     return ops.hidden_cosine.call(students, teachers, mask, keep)[0]
 
 

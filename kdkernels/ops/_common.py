@@ -98,10 +98,11 @@ def keep_grads(ctx, grads: list, students: list) -> bool:
 def scaled_grads(ctx, grad) -> list:
     """What `keep_grads` kept, scaled; empty in a second backward, and where a second derivative is asked for."""
     grads, ctx.grads = ctx.grads, []
-    if grads and not torch.is_grad_enabled():
-        torch._foreach_mul_(grads, grad)
-        return grads
-    return []
+    if torch.is_grad_enabled():
+        return []
+    for x in grads:
+        x.mul_(grad)
+    return grads
 
 
 def run_backward(overload, *args):
