@@ -92,7 +92,7 @@ def keep_grads(ctx, grads: list, students: list) -> bool:
     """
     alike = (type(x) is torch.Tensor and x.dtype == s.dtype for x, s in zip(grads, students, strict=False))
     ctx.grads = grads if all(alike) else []
-    return bool(ctx.grads)
+    return len(ctx.grads) > 0
 
 
 def scaled_grads(ctx, grad) -> list:
