@@ -67,8 +67,8 @@ def hidden_cosine(student, teacher, mask=None):
     if any_fp64(*students, *teachers) or not serves("hidden_cosine", students[0].device):
         return reference.hidden_cosine(students, teachers, mask)
     # 16-bit gradients would be rounded twice, and a compiled graph would keep a second copy.
-    exact = students[0].device.type == "cpu" and {x.dtype for x in students} == {torch.float32}
-    keep = exact and need_grad(*students) and not torch.compiler.is_compiling()
+    exact = {x.dtype for x in students} == {torch.float32} and not torch.compiler.is_compiling()
+    keep = exact and need_grad(*students)
     return ops.hidden_cosine.call(students, teachers, mask, keep)[0]
 
 

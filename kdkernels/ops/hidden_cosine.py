@@ -1,12 +1,22 @@
 """hidden_cosine: schema, fake and autograd.
 
-With `need_grad` forward leaves the gradients for an upstream gradient of 1 and the first backward scales them in place;
-else, and in a second backward, both states are read again.
+With `need_grad` forward leaves the gradients for an upstream gradient of 1 on the CPU, and the first backward scales
+them in place; else, and in a second backward, both states are read again.
 """
 
 import torch
 
-from ._common import LIBRARY, define, forbid_double_backward, keep_grads, register_autograd, run_backward, scaled_grads
+from ._common import (
+    LIBRARY,
+    REDUCTION,
+    define,
+    forbid_double_backward,
+    grad_in_forward,
+    keep_grads,
+    register_autograd,
+    run_backward,
+    scaled_grads,
+)
 
 _INPUTS = "Tensor[] student, Tensor[] teacher, Tensor? mask"
 
@@ -17,7 +27,8 @@ define(f"hidden_cosine_backward(Tensor grad, {_INPUTS}) -> Tensor[]")
 @torch.library.register_fake("kdkernels::hidden_cosine", lib=LIBRARY)
 def _(student, teacher, mask, need_grad):
     loss = student[0].new_empty((), dtype=torch.float32)
-    return loss, [x.new_empty(x.shape) for x in student] if need_grad else []
+    kept = grad_in_forward(student[0].device, REDUCTION["mean"], need_grad)
+    return loss, [x.new_empty(x.shape) for x in student] if kept else []
 
 
 @torch.library.register_fake("kdkernels::hidden_cosine_backward", lib=LIBRARY)
