@@ -195,6 +195,12 @@ def test_cosines_of_all_sizes():
         torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-7)
 
 
+def test_padding_has_no_gradient_whatever_comes_from_above():
+    student, mask = torch.randn(1, 3, 8, requires_grad=True), torch.tensor([[True, True, False]])
+    functional.hidden_cosine(student, torch.randn(1, 3, 8), mask).backward(torch.tensor(torch.inf))
+    assert torch.equal(student.grad[0, 2], torch.zeros(8))
+
+
 def test_variance_of_states_far_from_zero():
     """E[x^2] - E[x]^2 loses a variance of 1 beside a mean of 4096."""
     student, teacher = 4096 + torch.randn(2, 9, 64), 4096 + 1.1 * torch.randn(2, 9, 64)

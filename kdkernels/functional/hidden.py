@@ -66,9 +66,10 @@ def hidden_cosine(student, teacher, mask=None):
     mask = _checks.mask(mask, students[0].shape[:2], students[0], "[batch, tokens]")
     if any_fp64(*students, *teachers) or not serves("hidden_cosine", students[0].device):
         return reference.hidden_cosine(students, teachers, mask)
-    # 16-bit gradients would be rounded twice, and a compiled graph would keep a second copy.
+    # 16-bit gradients would be rounded twice, a compiled graph would keep a second copy, and an infinite upstream
+    # gradient would make NaN of padding's 0.
     exact = {x.dtype for x in students} == {torch.float32} and not torch.compiler.is_compiling()
-    keep = exact and need_grad(*students)
+    keep = exact and mask is None and need_grad(*students)
     return ops.hidden_cosine.call(students, teachers, mask, keep)[0]
 
 
