@@ -32,7 +32,7 @@ class Route:
     on_the_cpu: str
 
 
-CUDA, TRITON = "sm_80, sm_90a", "sm_80, sm_90, sm_100"
+CUDA, TRITON = "sm_75, sm_80, sm_90a", "sm_80, sm_90, sm_100"
 SHIM, INTERPRETER = "the `.cu` source under a host shim", "Triton's interpreter"
 ROUTES = (
     Route("`kd_loss`, CUDA C++", ("kd_loss",), CUDA, SHIM),

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benches import gpu_check, gpu_rows, gpu_table, roofline
+from benches import gpu_check, gpu_rows, gpu_table, machine, roofline
 from benches.gpu_cases import OURS, cases
 
 from .case import Target
@@ -140,6 +141,11 @@ def test_readme_has_the_tables():
     assert gpu_table.main(["--check"]) == 0
 
 
+def test_the_table_names_the_gpus_that_the_build_has_code_for():
+    archs = re.search(r'KDKERNELS_CUDA_ARCHS "([^"]+)"', (machine.ROOT / "CMakeLists.txt").read_text())[1].split(";")
+    assert gpu_table.CUDA == ", ".join(f"sm_{arch}" for arch in archs)
+
+
 def test_tables_of_a_report(tmp_path, monkeypatch, capsys):
     """Kept as the device's; its op is no longer among those that no GPU has run."""
     readme, kept = tmp_path / "README.md", tmp_path / "gpu-nvidia-made-up-9.json"
@@ -154,7 +160,7 @@ def test_tables_of_a_report(tmp_path, monkeypatch, capsys):
     assert json.loads(kept.read_text()) == REPORT
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "| `kd_loss`, CUDA C++ | sm_80, sm_90a | the `.cu` source under a host shim | NVIDIA Made Up 9 |" in text
+    assert f"| `kd_loss`, CUDA C++ | {gpu_table.CUDA} | the `.cu` source under a host shim | NVIDIA Made Up 9 |" in text
     assert text.count(gpu_table.NOT_YET) == len(gpu_table.ROUTES) - 2
     assert "| `kd_loss` | kl | 1.5 | 80 % (goal 85 %) of bandwidth | eager 10.00x (goal 6x) |" in text
     assert "| `quant_linear` | int8 | 0.9 (goal 0.95 ms) | 40 % of bandwidth |  |" in text
