@@ -1,6 +1,6 @@
 """kd_loss's CUDA kernels, compiled by the host compiler and run on the CPU: each thread and barrier of the real source.
 
-What this cannot show: the rounding of the GPU's own exponential and logarithm, races that index order hides, and speed.
+What this cannot show: the rounding of the GPU's own exponential and logarithm, races of a warp's own lanes, and speed.
 """
 
 import pytest

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from .cuda_host import HERE, build, check
+from .cuda_host import HERE, build, check, threads_reversed
 from .test_guard_pages import beside_a_guard
 
 LANES = range(32)
@@ -130,6 +130,20 @@ def test_a_kernel_with_a_fault_is_an_error(host):
     for further in (1, -1):
         with pytest.raises(RuntimeError, match="out of bounds"):
             read_each_other(host, further=further)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_race_is_an_error(host, reverse):
+    """Whatever the order in which warps run, and though the right numbers may come out."""
+    out = torch.zeros(64, dtype=torch.int32)
+    with threads_reversed(host, reverse):
+        check(host, host.run_write_behind_a_read(ctypes.c_void_p(out.data_ptr()), True))
+        assert torch.equal(out, (torch.arange(64) + 32) % 64)
+        check(host, host.run_write_twice(ctypes.c_void_p(out.data_ptr()), True))
+        assert torch.equal(out, torch.arange(64) % 32 + 32)
+        for kernel in (host.run_write_behind_a_read, host.run_write_twice):
+            with pytest.raises(RuntimeError, match="two warps are at the same shared memory"):
+                check(host, kernel(ctypes.c_void_p(out.data_ptr()), False))
 
 
 def run_cp_async(host, hasty):

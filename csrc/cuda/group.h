@@ -5,6 +5,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "shared.h"
+
 namespace kd::cuda {
 
 constexpr int kWarp = 32;
@@ -49,8 +51,8 @@ __device__ void reduce(T (&values)[N], int size, Op op = {}) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    values[i] = of_warp[i][0];
-    for (int warp = 1; warp < size / kWarp; ++warp) values[i] = op(values[i], of_warp[i][warp]);
+    values[i] = load_shared<T>(&of_warp[i][0]);
+    for (int warp = 1; warp < size / kWarp; ++warp) values[i] = op(values[i], load_shared<T>(&of_warp[i][warp]));
   }
   __syncthreads();  // of_warp may be written again
 }

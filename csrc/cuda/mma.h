@@ -15,6 +15,7 @@
 
 #include "arch.h"
 #include "row.h"
+#include "shared.h"
 
 #ifndef __CUDACC__
 #include <cuda_mma.h>
@@ -24,18 +25,7 @@ namespace kd::cuda {
 
 #ifdef __CUDACC__
 
-__device__ inline char* dynamic_shared() {
-  extern __shared__ uint4 words[];
-  return reinterpret_cast<char*>(words);
-}
-
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// From shared memory; the tests look whether it was written.
-template <class T>
-__device__ T load_shared(const void* p) {
-  return *static_cast<const T*>(p);
-}
 
 // `bytes` of 16 from global to shared memory, past the first-level cache, and zeros behind them.
 __device__ inline void cp_async_bytes(void* to, const void* from, int bytes) {
@@ -131,13 +121,10 @@ using cuda_host::cp_async_commit_group;
 using cuda_host::cp_async_wait_group;
 using cuda_host::cvt_pair;
 using cuda_host::ldmatrix;
-using cuda_host::load_shared;
 using cuda_host::mma_m16n8k16;
 using cuda_host::mma_m16n8k32;
 using cuda_host::mma_m16n8k8;
 using cuda_host::mma_m8n8k16;
-
-inline char* dynamic_shared() { return cuda_host::dynamic_shared; }
 
 #endif
 

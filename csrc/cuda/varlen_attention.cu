@@ -253,7 +253,7 @@ __device__ void store_rows(const VarlenAttention& op, const Place& at, const flo
     if (at.first + row >= at.end) return;
     float x[kChunk];
 #pragma unroll
-    for (int k = 0; k < kChunk; ++k) x[k] = staged[row * S::kOutStride + column + k];
+    for (int k = 0; k < kChunk; ++k) x[k] = load_shared<float>(staged + row * S::kOutStride + column + k);
     with_type(op.out_dtype, [&](auto type) {
       using Out = decltype(type);
       Out* out = static_cast<Out*>(op.out) + ((int64_t{at.first} + row) * op.heads + at.head) * size;

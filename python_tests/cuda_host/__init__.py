@@ -81,9 +81,10 @@ def _describe(student, teacher, mask, labels, row_temperature, kind, temperature
     )  # fmt: skip
 
 
-# Kernels read and write 16 bytes of any type at once, which nvcc's rules of aliasing allow.
+# Kernels read and write 16 bytes of any type at once, which nvcc's rules of aliasing allow. Each library keeps its own
+# variables: its shared memory is what lies within its own bounds.
 FLAGS = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-fno-strict-aliasing",
-         "-fsanitize=undefined", "-fno-sanitize-recover=all")  # fmt: skip
+         "-fno-gnu-unique", "-fsanitize=undefined", "-fno-sanitize-recover=all")  # fmt: skip
 
 
 def build(source: str, folder: Path, *others: str, int64=(), structs=(), arch: int = 90) -> ctypes.CDLL:

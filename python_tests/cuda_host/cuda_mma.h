@@ -12,15 +12,8 @@ namespace cuda_host {
 
 inline int64_t bank_conflicts = 0;  // of ldmatrix, so far: rows of one matrix that lie in the same 16 bytes of 128
 
-template <class T>
-T load_shared(const void* p) {
-  check_shared(p, sizeof(T));
-  check_written(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) / 4 * 4), 4);
-  return *static_cast<const T*>(p);
-}
-
 inline void cp_async_bytes(void* to, const void* from, int bytes) {
-  check_shared(to, sizeof(uint4));
+  if (const char* wrong = wrong_access(to, sizeof(uint4))) fail(wrong);
   if (reinterpret_cast<uintptr_t>(from) % sizeof(uint4) != 0) fail("cp.async reads from a misaligned address");
   unwrite(to, sizeof(uint4));
   current().copies.back().push_back({to, bytes == 16 ? *static_cast<const uint4*>(from) : uint4{}});
@@ -49,10 +42,7 @@ inline void count_conflicts(const Offers<const void*>& rows, unsigned first) {
 template <int kCount, bool kTranspose = false>
 void ldmatrix(uint32_t (&r)[kCount], const void* row) {
   const unsigned lane = threadIdx.x % kWarp;
-  if (lane < 8 * kCount) {
-    check_shared(row, 16);
-    check_written(row, 16);
-  }
+  if (lane < 8 * kCount) check_read(row, 16);
   const auto rows = meet("ldmatrix", row);
   for (unsigned matrix = 0; matrix < kCount; ++matrix) {
     if (lane == 0) count_conflicts(rows, 8 * matrix);

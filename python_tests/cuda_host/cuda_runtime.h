@@ -5,8 +5,8 @@
 // starts, the most uneven progress that barriers allow, so that a missing one shows; within a warp all lanes meet at every shuffle,
 // vote, ldmatrix and mma. What a GPU would turn into a hang or into garbage is an error here: a barrier that some threads of the
 // block never reach, an instruction of a warp that misses lanes, shared memory read before it was written (when a block starts it
-// holds kUnwritten: NaN of every type, and no data that a test would make), and, with -fsanitize=undefined, misaligned vector
-// loads and indices out of bounds. Behind dynamic shared memory lies a page that nobody may touch.
+// holds kUnwritten: NaN of every type, and no data that a test would make), races of warps for it (cuda_shared.h), and, with
+// -fsanitize=undefined, misaligned vector loads and indices out of bounds. Behind dynamic shared memory lies a page that nobody may touch.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -23,6 +23,8 @@
 #include <memory>
 #include <utility>
 #include <vector>
+
+#include "cuda_shared.h"
 
 #ifndef CUDA_HOST_ARCH  // the GPU whose instructions and limits the kernels find: 900 for sm_90
 #define CUDA_HOST_ARCH 900
@@ -60,18 +62,11 @@ struct cudaLaunchConfig_t {
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 inline bool host_threads_reversed = false;
 
-// Bounds of the section that holds every __shared__ variable; absent where a program has none.
-extern "C" char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
-extern "C" char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
-
 namespace cuda_host {
 
 constexpr unsigned kWarp = 32, kStackBytes = 128 << 10;
 
 constexpr size_t kPage = 4096, kDefaultDynamic = 48 << 10, kMostDynamic = (CUDA_HOST_ARCH >= 800 ? 227 : 64) << 10;
-
-// What shared memory holds until it is written: 16 bytes that repeat.
-constexpr uint16_t kUnwritten[8] = {0xfff9, 0xfff2, 0xfffc, 0xfff5, 0xfffe, 0xfff7, 0xfff3, 0xfffb};
 
 enum class State { kReady, kAtBlockBarrier, kAtWarp, kDone, kFailed };
 
@@ -154,34 +149,15 @@ Offers<T> meet(const char* instruction, const T& offer) {
   return {slot};
 }
 
-inline bool inside(const void* p, size_t bytes, const char* begin, const char* end) {
-  return p >= begin && static_cast<const char*>(p) + bytes <= end;
+// Of shared memory, as an instruction or a plain load reads it.
+inline void check_read(const void* p, size_t bytes) {
+  if (const char* wrong = wrong_read(p, bytes, threadIdx.x / kWarp)) fail(wrong);
 }
 
-// Memory of the block, at a multiple of its size.
-inline void check_shared(const void* p, size_t bytes) {
-  if (!inside(p, bytes, __start_cuda_shared, __stop_cuda_shared) &&
-      !inside(p, bytes, dynamic_shared, dynamic_shared + dynamic_bytes)) {
-    fail("shared memory is accessed out of bounds");
-  }
-  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("shared memory is accessed at a misaligned address");
-}
-
-inline void unwrite(void* begin, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) {  // by the address: the pattern repeats across what is unwritten at different times
-    char* p = static_cast<char*>(begin) + i;
-    *p = reinterpret_cast<const char*>(kUnwritten)[reinterpret_cast<uintptr_t>(p) % sizeof kUnwritten];
-  }
-}
-
-// Fails if any 4 of the bytes, at a multiple of 4, were not written since they were `unwrite`n.
-inline void check_written(const void* begin, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 4) {
-    const char* p = static_cast<const char*>(begin) + i;
-    if (memcmp(p, reinterpret_cast<const char*>(kUnwritten) + reinterpret_cast<uintptr_t>(p) % sizeof kUnwritten, 4) == 0) {
-      fail("shared memory is read before it was written");
-    }
-  }
+template <class T>
+T load_shared(const void* p) {
+  check_read(p, sizeof(T));
+  return *static_cast<const T*>(p);
 }
 
 inline bool all(unsigned first, unsigned end, State state) {
@@ -228,8 +204,8 @@ inline bool any_failed() {
 // Runs one block to its end; false if its threads can never meet again.
 inline bool run_block() {
   const unsigned threads = blockDim.x, warps = threads / kWarp;
-  unwrite(__start_cuda_shared, __stop_cuda_shared - __start_cuda_shared);
-  unwrite(dynamic_shared, dynamic_bytes);
+  static_memory.begin_block(__start_cuda_shared, __stop_cuda_shared - __start_cuda_shared);
+  dynamic_memory.begin_block(dynamic_shared, dynamic_bytes);
   for (Fiber& fiber : fibers) {
     getcontext(&fiber.entry);
     fiber.entry.uc_stack.ss_sp = fiber.stack.get();
@@ -242,9 +218,14 @@ inline bool run_block() {
   }
   while (true) {
     for (unsigned i = 0; i < warps; ++i) {
-      while (step_warp(host_threads_reversed ? warps - 1 - i : i)) {
+      const unsigned warp = host_threads_reversed ? warps - 1 - i : i;
+      while (step_warp(warp)) {
       }
       if (any_failed()) return false;
+      if (!static_memory.wrote(warp) || !dynamic_memory.wrote(warp)) {
+        failure = kRace;
+        return false;
+      }
     }
     if (all(0, threads, State::kDone)) return true;
     if (!all(0, threads, State::kAtBlockBarrier)) {
@@ -252,6 +233,8 @@ inline bool run_block() {
       return false;
     }
     release(0, threads);
+    static_memory.begin_epoch();
+    dynamic_memory.begin_epoch();
   }
 }
 

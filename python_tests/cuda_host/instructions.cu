@@ -92,6 +92,27 @@ __global__ void read_each_other(uint32_t* out, int barrier, int further) {
   out[threadIdx.x] = load_shared<uint32_t>(shared + (threadIdx.x + 32) % 64 + further);
 }
 
+// Each warp reads what the other wrote and writes over its own: too early without the barrier.
+__global__ void write_behind_a_read(uint32_t* out, int barrier) {
+  uint32_t* shared = reinterpret_cast<uint32_t*>(dynamic_shared());
+  shared[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  out[threadIdx.x] = load_shared<uint32_t>(shared + (threadIdx.x + 32) % 64);
+  if (barrier) __syncthreads();
+  shared[threadIdx.x] = 100;
+}
+
+// Two warps write the same words, the second behind a barrier or not.
+__global__ void write_twice(uint32_t* out, int barrier) {
+  uint32_t* shared = reinterpret_cast<uint32_t*>(dynamic_shared());
+  for (unsigned turn = 0; turn < 2; ++turn) {
+    if (threadIdx.x / 32 == turn) shared[threadIdx.x % 32] = threadIdx.x;
+    if (barrier) __syncthreads();
+  }
+  __syncthreads();
+  out[threadIdx.x] = load_shared<uint32_t>(shared + threadIdx.x % 32);
+}
+
 // Half of the warp multiplies while the other half loads.
 __global__ void part_ways(uint32_t* out) {
   uint32_t a[4] = {}, b[2] = {};
@@ -152,11 +173,18 @@ int run_vote(const bool* votes, uint32_t* out) { return launch(vote, 1, 32, null
 int run_read_each_other(uint32_t* out, int barrier, int further) {
   return launch_shared(read_each_other, 1, 64, 64 * sizeof(uint32_t), nullptr, out, barrier, further);
 }
+int run_write_behind_a_read(uint32_t* out, int barrier) {
+  return launch_shared(write_behind_a_read, 1, 64, 64 * sizeof(uint32_t), nullptr, out, barrier);
+}
+int run_write_twice(uint32_t* out, int barrier) {
+  return launch_shared(write_twice, 1, 64, 32 * sizeof(uint32_t), nullptr, out, barrier);
+}
 int run_part_ways(uint32_t* out) { return launch(part_ways, 1, 32, nullptr, out); }
 
 #ifndef __CUDACC__
 int64_t bank_conflicts() { return cuda_host::bank_conflicts; }
 const char* host_status_text(int status) { return cudaGetErrorString(status); }
+void host_reverse_threads(bool reversed) { host_threads_reversed = reversed; }
 #endif
 
 }  // extern "C"
