@@ -42,11 +42,15 @@ class Packed(nn.Module):
     def weight(self) -> PackedWeight:
         """ValueError if the buffer is not a whole packed weight of this module's shape and scheme."""
         if self._weight is None:
-            lent = self._lender[0].weight.blob if self._lender else None
-            with _LAYING_OUT:  # threads may make the first call together
-                if self._weight is None:
-                    self._hold(PackedWeight(self.packed if lent is None else lent, prepare=self._prepare))
+            self._lay_out()
         return self._weight
+
+    @torch.compiler.disable  # once, before any call that counts
+    def _lay_out(self) -> None:
+        lent = self._lender[0].weight.blob if self._lender else None
+        with _LAYING_OUT:  # threads may make the first call together
+            if self._weight is None:
+                self._hold(PackedWeight(self.packed if lent is None else lent, prepare=self._prepare))
 
     def _hold(self, weight: PackedWeight) -> None:
         if tuple(weight.shape) != self.shape or weight.scheme != self.scheme:

@@ -52,6 +52,7 @@ class PackedWeight:
         served = prepare and _load.serves("quant_linear", self.device)
         unpacks = served and _load.unpacks(self.device) != ""
         self.prepared = torch.ops.kdkernels.quant_prepare(blob) if served and not unpacks else None
+        self._by_row = None if prepare else self._read_by_row()
         self.unpacked = self.dequantize(torch.bfloat16) if unpacks else None
         if self.prepared is not None and self.device.type == "cpu":
             self._blob = None
@@ -92,10 +93,9 @@ class PackedWeight:
         if self.scheme.group not in ROW_BY_ROW:
             raise ValueError(f"rows needs a scheme whose group is one of {ROW_BY_ROW}, got {self.scheme}")
         flat = ids.flatten()
-        stored = self._stored
         chosen = {  # index_select takes no negative ids, which an index would count from the end
-            name: None if part is None else part.view(self.shape[0], -1).index_select(0, flat)
-            for name, part in stored.items()
+            name: None if part is None else part.index_select(0, flat)
+            for name, part in (self._by_row or self._read_by_row()).items()
         }
         if self.scheme.bits == 8 and self.scheme.symmetric and self.scheme.group == "channel":
             codes = chosen["codes"].bitwise_xor_(128).view(torch.int8)[:, : self.shape[1]]
@@ -103,9 +103,16 @@ class PackedWeight:
         values, scales = _factors(_parts(chosen, self.scheme, self.shape[1]), self.scheme, flat.numel(), self.shape[1])
         return (values.to(torch.float32) * scales).view(*ids.shape, self.shape[1])
 
-    @cached_property
-    def _stored(self) -> dict[str, torch.Tensor | None]:
-        return _read_sections(self.blob, self.scheme, self.shape)
+    def _read_by_row(self) -> dict[str, torch.Tensor | None] | None:
+        """The sections as [rows, ...]; None where rows share their scales.
+
+        Tables read theirs when they are made, and not within torch.compile: where it has to derive their width of 1
+        from sizes that it doesn't know, Inductor (torch 2.13) reads beyond the scales.
+        """
+        if self.scheme.group not in ROW_BY_ROW:
+            return None
+        stored = _read_sections(self.blob, self.scheme, self.shape)
+        return {name: None if part is None else part.view(self.shape[0], -1) for name, part in stored.items()}
 
     @cached_property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
