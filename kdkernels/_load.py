@@ -18,7 +18,8 @@ _TRITON_FAMILIES = {path.stem for path in (_PACKAGE / "triton").glob("[a-z]*.py"
 _BF16_PRODUCTS = ("encoder", "quant_linear", "varlen_attention")  # of bfloat16 and float32 tensors, in CUDA C++
 _ON_KD_LOSS = ("topk_kd_loss",)  # which call kd_loss, on CUDA its CUDA C++
 _PRODUCTS = "KDKERNELS_CUDA_PRODUCTS"
-_NEWEST = 9  # the compute capability up to which products of 8-bit integers are written; above, tensor cores are others
+_OLDEST = (7, 5)  # the compute capability from which on CUDA C++ runs
+_NEWEST = 9  # and up to which products of 8-bit integers are written; above, tensor cores are others
 
 
 def _library(name: str) -> Path | None:
@@ -56,6 +57,24 @@ def _missing(family: str) -> str:
 _MISSING_ON_CUDA = {family: _missing(family) for family in ops.FAMILIES}
 
 
+_TOO_OLD: dict[int | None, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _too_old(index: int | None) -> str:
+    """Why CUDA C++ does not run on this GPU; empty where it does."""
+    if index not in _TOO_OLD:
+        major, minor = torch.cuda.get_device_capability(index)
+        _TOO_OLD[index] = f"compute capability {major}.{minor}, before sm_75" if (major, minor) < _OLDEST else ""
+    return _TOO_OLD[index]
+
+
+def _missing_on(family: str, index: int | None) -> str:
+    """Why no kernel of ours serves the family on this GPU; empty where one does."""
+    in_cuda = family not in _TRITON_FAMILIES or family in _ON_KD_LOSS
+    return _MISSING_ON_CUDA[family] or (_too_old(index) if in_cuda else "")
+
+
 def serves(family: str, device: torch.device) -> bool:
     """Whether a kernel of ours computes `family` on this device; the reference does everywhere else.
 
@@ -64,7 +83,7 @@ def serves(family: str, device: torch.device) -> bool:
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    return device.type == "cpu" or (device.type == "cuda" and not _MISSING_ON_CUDA[family])
+    return device.type == "cpu" or (device.type == "cuda" and not _missing_on(family, device.index))
 
 
 def unpacks(device: torch.device) -> str:
@@ -104,12 +123,13 @@ def explain(model: torch.nn.Module | None = None) -> dict:
         return explain_model(model)
 
     def on_cuda(family: str) -> str:
-        if missing := _MISSING_ON_CUDA[family]:
+        current = torch.cuda.current_device() if torch.cuda.is_available() else None
+        if missing := _MISSING_ON_CUDA[family] if current is None else _missing_on(family, current):
             return f"reference (torch): {missing}"
-        if family in ("encoder", "quant_linear") and torch.cuda.is_available():
-            if why := unpacks(torch.device("cuda", torch.cuda.current_device())):
+        if current is not None and family in ("encoder", "quant_linear"):
+            if why := unpacks(torch.device("cuda", current)):
                 return f"torch's bf16 products of unpacked weights: {why}"
-        if family in _BF16_PRODUCTS and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        if current is not None and family in _BF16_PRODUCTS and torch.cuda.get_device_capability() < (8, 0):
             return "CUDA C++ (before sm_80 float products are on tensor cores in float16 alone)"
         return "Triton" if family in _TRITON_FAMILIES else "CUDA C++"
 

@@ -21,6 +21,7 @@ WHY = "compute capability 10.0, above sm_90a"
 def capability(monkeypatch):
     """Sets the GPU's."""
     monkeypatch.delenv("KDKERNELS_CUDA_PRODUCTS", raising=False)
+    monkeypatch.setattr(_load, "_TOO_OLD", {})
     return lambda *value: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: value)
 
 
@@ -49,14 +50,40 @@ def test_a_request_decides_before_it(capability, monkeypatch):
         _load.unpacks(GPU)
 
 
-def test_explain_says_so(capability, monkeypatch):
-    capability(10, 0)
+def explained(capability, monkeypatch, *value) -> dict[str, str]:
+    """What explain() says of each op on a GPU of that capability, where everything is installed."""
+    capability(*value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_load, "_MISSING_ON_CUDA", dict.fromkeys(_load._MISSING_ON_CUDA, ""))
-    said = {op: devices["cuda"] for op, devices in kdkernels.explain().items()}
+    return {op: devices["cuda"] for op, devices in kdkernels.explain().items()}
+
+
+def test_explain_says_so(capability, monkeypatch):
+    said = explained(capability, monkeypatch, 10, 0)
     expected = f"torch's bf16 products of unpacked weights: {WHY}"
     assert {op for op, text in said.items() if text == expected} == {"encoder", "quant_linear"}
+    assert said["kd_loss"] == said["varlen_attention"] == "CUDA C++" and said["attention_kl"] == "Triton"
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [((7, 0), "compute capability 7.0, before sm_75"), ((7, 5), ""), ((12, 0), "")]
+)
+def test_the_reference_serves_gpus_that_are_too_old(capability, monkeypatch, value, why):
+    """For which CUDA C++ can't be compiled; those that are newer take what the library has for others."""
+    said = explained(capability, monkeypatch, *value)
+    cuda = {"kd_loss", "topk_kd_loss", "quant_linear", "varlen_attention", "encoder"}
+    assert {op for op, text in said.items() if text == f"reference (torch): {why}"} == (cuda if why else set())
+    assert {op for op in said if not _load.serves(op, GPU)} == (cuda if why else set())
+
+
+@pytest.mark.parametrize(("value", "served"), [((7, 0), False), ((7, 5), True)])
+def test_compiled_code_knows_which_gpus_are_too_old(capability, monkeypatch, value, served):
+    capability(*value)
+    monkeypatch.setattr(_load, "_MISSING_ON_CUDA", dict.fromkeys(_load._MISSING_ON_CUDA, ""))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + _load.serves("kd_loss", GPU), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == served
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
