@@ -12,6 +12,7 @@ constexpr int64_t kPanelRows = 64;       // output features of a panel, which an
 constexpr int64_t kPanelGroups = kPanelRows / kGroupRows;
 constexpr int64_t kDepthAlign = 64;      // columns are padded to it: a tile of AMX
 constexpr int64_t kQuantizedRows = 4;    // rows of activations that one item quantises
+constexpr int64_t kQuantizedTogether = 32;  // such items in turn, at most: rows come from memory, whose prefetchers follow long runs
 constexpr int64_t kQuantChunk = 256;     // columns whose 8-bit weights, 16 KB a panel, stay in the first-level cache
 
 // Blocks of rows, one of which an item multiplies with a panel. A block's codes, 512 KB, stay in the second-level cache while all panels

@@ -171,7 +171,8 @@ class Encoder {
   }
 
   void quantize(const QuantLinear& op) {
-    add_phase(row_items(op.rows), [this, op](int64_t item, float* scratch) { kernels_.quantize_rows(op, item, scratch); });
+    add_phase(row_items(op.rows), [this, op](int64_t item, float* scratch) { kernels_.quantize_rows(op, item, scratch); },
+              cpu::kQuantizedTogether);
   }
 
   // How many neighbours a worker takes in turn.
@@ -197,13 +198,13 @@ class Encoder {
   // `next`: which reads the result, in codes; null: none.
   void normalize(const NormalizeRows& op, const QuantLinear* next) {
     if (!next) {
-      add_phase(row_items(op.rows), [this, op](int64_t item, float*) { kernels_.normalize_rows(op, item); });
+      add_phase(row_items(op.rows), [this, op](int64_t item, float*) { kernels_.normalize_rows(op, item); }, cpu::kQuantizedTogether);
       return;
     }
     add_phase(row_items(op.rows), [this, op, next = *next](int64_t item, float* scratch) {
       kernels_.normalize_rows(op, item);
       kernels_.quantize_rows(next, item, scratch);
-    });
+    }, cpu::kQuantizedTogether);
   }
 
   // Queries, keys or values.

@@ -52,7 +52,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor>
   op.a_scale = static_cast<float*>(scales.mutable_data_ptr());
   op.a_sums = w.zeros ? static_cast<int32_t*>(sums.mutable_data_ptr()) : nullptr;
   run_items((op.rows + cpu::kQuantizedRows - 1) / cpu::kQuantizedRows, w.depth,
-            [&](int64_t item, float* scratch) { kernels.quantize_rows(op, item, scratch); });
+            [&](int64_t item, float* scratch) { kernels.quantize_rows(op, item, scratch); }, cpu::kQuantizedTogether);
   run_items(items, kernels.quant_linear_scratch(op),
             [&](int64_t item, float* scratch) { kernels.quant_linear(op, item, scratch); }, op.together);
   return out;
