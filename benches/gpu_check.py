@@ -3,10 +3,11 @@ no network.
 
 Each part runs in a process of its own with a limit of its own, so that a crash, a hang or a failing build of one part
 loses nothing of the others: the tests side by side, since they mostly compile, then the benchmarks one by one, what the
-project has goals for first: encoders and products (`benches.gpu_rows`), losses (`benches.run`), then the rest. When the
-time is up nothing more is started. DIR gets gpu_check.json (machine, versions, commit, one entry a part with the cases
-that it has no row of, all rows), whole at any moment and written anew after every part, gpu.csv (each row as soon as it
-is known), and a log of each part. Exit status 1 where a part did not pass, 2 where there is no GPU.
+project has goals for first: encoders and products (`benches.gpu_rows`), losses (`benches.run`), then the rest. Where a
+case takes its process down, or hangs, a new one goes on behind it. When the time is up nothing more is started. DIR
+gets gpu_check.json (machine, versions, commit, one entry a part with the cases that it has no row of, all rows), whole
+at any moment and written anew after every part, gpu.csv (each row as soon as it is known), and a log of each part.
+Exit status 1 where a part did not pass, 2 where there is no GPU.
 
 --resume goes on with what an earlier run with the same DIR did not reach.
 --dry-run needs no GPU: it names the parts, and runs those of `benches.gpu_rows` in small shapes.
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from kdkernels import _load
 from python_tests import case
 from python_tests.cases import BENCHES
 
@@ -36,23 +38,32 @@ from . import gpu_cases, gpu_rows, machine
 
 # Of all parts; what imports before and the end of a killed part take beside it stays within ten minutes.
 BUDGET_SECONDS, KILL_SECONDS = 560, 5
-# Of each part of tests; of a case by its op, to which START_SECONDS come once a part; torch.compile may look for its
-# best mode for each loss at most so long.
-TEST_SECONDS, START_SECONDS, LOSS_SECONDS, COMPILE_SECONDS = 170, 30, 40, 15
-ROW_SECONDS = {"encoder": 50, "quant_linear": 15, "varlen_attention": 15}
-NOT_REACHED, PASSED, FAILED, TIMED_OUT = "not reached", "passed", "failed", "timed out"
-# Each with the tests that need a GPU.
-TESTS = {
-    "python_tests/test_cuda_gpu.py": "",
-    "python_tests/test_cuda_quant_linear.py": "gpu",
-    "python_tests/test_cuda_varlen_attention.py": "gpu",
-    "python_tests/test_triton.py": "",
-}
+# Of each part of tests; of benchmarks from one case's row to the next, by op, to which START_SECONDS come, and until a
+# peer is ready; torch.compile may look for its best mode for each loss at most so long.
+TEST_SECONDS, START_SECONDS, PEER_SECONDS, LOSS_SECONDS, COMPILE_SECONDS = 170, 30, 45, 45, 15
+ROW_SECONDS = {"encoder": 120, "quant_linear": 60, "varlen_attention": 45}
+NOT_REACHED, PASSED, FAILED, CRASHED, TIMED_OUT = "not reached", "passed", "failed", "crashed", "timed out"
+# Files, and which of their tests, as pytest's -k has it, each in a process: those that need a GPU. Most of their time
+# is one compilation after another, so those of Triton's kernels have several.
+FAMILIES = sorted(_load._TRITON_FAMILIES)
+MAPS, STATES = "attention or relation", "hidden or moment or gram or linear_kd_loss or topk_kd_loss"
+TESTS = [
+    ("python_tests/test_cuda_gpu.py", MAPS),
+    ("python_tests/test_cuda_gpu.py", STATES),
+    ("python_tests/test_cuda_gpu.py", f"not ({MAPS} or {STATES})"),
+    ("python_tests/test_cuda_quant_linear.py", "gpu"),
+    ("python_tests/test_cuda_varlen_attention.py", "gpu"),
+    *(("python_tests/test_triton.py", family) for family in FAMILIES),
+    ("python_tests/test_triton.py", f"not ({' or '.join(FAMILIES)})"),
+]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one process does: tests, or the benchmarks of `cases`, whose names follow its command."""
+    """What one process does: tests, or the benchmarks of `cases`, whose names follow its command.
+
+    `seconds` are for all tests, or until the next case's row.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -76,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gpu_check: no GPU: torch {torch.__version__} sees no CUDA device on this machine", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
+    for log in () if arguments.resume else out.glob("*.log"):
+        log.unlink()
     tests, benches = test_parts(), bench_parts(out / "gpu.csv", dry)
     if dry:
         not_run = [*tests, *(part for part in benches if not part.name.startswith("rows-"))]
@@ -85,17 +98,26 @@ def main(argv: list[str] | None = None) -> int:
     for running in [Running(part, out) for part in tests if report.lacks(part)]:
         report.note(running.finish(end))
     for part in benches:
-        if report.lacks(part) and time.monotonic() < end - 1:
-            report.note(Running(report.rest_of(part), out).finish(end))
+        left = report.rest_of(part) if report.lacks(part) else replace(part, cases=())
+        while left.cases and time.monotonic() < end - 1:
+            entry = Running(left, out).finish(end)
+            report.note(entry)
+            if entry["status"] in (PASSED, FAILED):  # each case had its turn
+                break
+            left = replace(left, cases=report.rest_of(left).cases[1:])  # the first without a row took the process down
     return report.close()
 
 
 def test_parts() -> list[Part]:
     options = ("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider")
     return [
-        Part(Path(path).stem, (sys.executable, *options, "-k", only, path), TEST_SECONDS)
-        for path, only in TESTS.items()
+        Part(_slug(f"{Path(path).stem} {only}"), (sys.executable, *options, "-k", only, path), TEST_SECONDS)
+        for path, only in TESTS
     ]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "-", text)[:60].strip("-")
 
 
 def bench_parts(table: Path, dry: bool) -> list[Part]:
@@ -105,7 +127,8 @@ def bench_parts(table: Path, dry: bool) -> list[Part]:
         cases = tuple(found)
         ops, has_goals = [*dict.fromkeys(each.op for each in cases)], cases[-1].has_goals
         command = (sys.executable, "-m", "benches.gpu_rows", *ops, "--csv", str(table), *(["--dry-run"] if dry else []))
-        seconds = START_SECONDS + sum(ROW_SECONDS[each.op] for each in cases)
+        command += ("--peer-seconds", str(PEER_SECONDS))
+        seconds = START_SECONDS + max(ROW_SECONDS[each.op] for each in cases)
         name = f"rows-{'-'.join(ops)}" if has_goals or dry else f"rows-{ops[0]}-without-goals"
         (goals if has_goals else rest).append(Part(name, command, seconds, cases))
     losses, more_losses = [], []
@@ -115,7 +138,7 @@ def bench_parts(table: Path, dry: bool) -> list[Part]:
         options = ("--device", "cuda", "--csv", str(table), "--seconds", "4", "--compile-seconds", str(COMPILE_SECONDS))
         command = (sys.executable, "-m", "benches.run", op, *options)
         name = f"losses-{op}" if has_goals else f"losses-{op}-without-goals"
-        part = Part(name, command, START_SECONDS + LOSS_SECONDS * len(cases), cases)
+        part = Part(name, command, START_SECONDS + LOSS_SECONDS, cases)
         (losses if has_goals else more_losses).append(part)
     return goals + losses + more_losses + rest
 
@@ -125,8 +148,9 @@ class Running:
 
     def __init__(self, part: Part, out: Path):
         self.part, self.log, self.started = part, out / f"{part.name}.log", time.monotonic()
+        self._table = out / "gpu.csv"
         names = ("--case", *(each.name for each in part.cases)) if part.cases else ()
-        with self.log.open("w") as file:
+        with self.log.open("a" if part.cases else "w") as file:
             self.process = subprocess.Popen(
                 [*part.command, *names], cwd=machine.ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True
@@ -134,11 +158,16 @@ class Running:
 
     def finish(self, end: float) -> dict:
         """Its entry in the report, once it has ended, or is killed at its limit or at `end`."""
-        try:
-            code = self.process.wait(max(0, min(self.started + self.part.seconds, end) - time.monotonic()))
-            status = PASSED if code == 0 else FAILED
-        except subprocess.TimeoutExpired:
+        limit, rows = self.started + self.part.seconds, self._bytes()
+        while (code := self._wait(min(1, limit - time.monotonic(), end - time.monotonic()))) is None:
+            if rows != self._bytes():
+                limit, rows = time.monotonic() + self.part.seconds, self._bytes()
+            if time.monotonic() >= min(limit, end):
+                break
+        if code is None:
             code, status = self._kill(), TIMED_OUT
+        else:
+            status = {0: PASSED, 1: FAILED}.get(code, CRASHED)
         spent = round(time.monotonic() - self.started, 1)
         entry = {"name": self.part.name, "status": status, "exit_code": code, "seconds": spent, "log": self.log.name}
         if not self.part.cases:
@@ -147,13 +176,21 @@ class Running:
             entry["tests"] = {word.lower(): words.count(word) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
         return entry
 
+    def _bytes(self) -> int:
+        """Of the rows so far; tests write none."""
+        return self._table.stat().st_size if self.part.cases and self._table.is_file() else 0
+
+    def _wait(self, seconds: float) -> int | None:
+        """The exit code; None where it has not ended."""
+        try:
+            return self.process.wait(max(0, seconds))
+        except subprocess.TimeoutExpired:
+            return None
+
     def _kill(self) -> int | None:
         """The exit code; None where the driver holds the process, which nobody waits for."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        try:
-            return self.process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            return None
+        return self._wait(KILL_SECONDS)
 
 
 class Report:
@@ -173,7 +210,7 @@ class Report:
 
     def lacks(self, part: Part) -> bool:
         """Whether the part has not come to its end yet, and something of it is missing."""
-        unfinished = self._entries[part.name]["status"] in (NOT_REACHED, TIMED_OUT)
+        unfinished = self._entries[part.name]["status"] in (NOT_REACHED, CRASHED, TIMED_OUT)
         return unfinished and (not part.cases or bool(self._without_row(part)))
 
     def rest_of(self, part: Part) -> Part:
@@ -181,9 +218,14 @@ class Report:
         return replace(part, cases=tuple(each for each in part.cases if each.id in self._without_row(part)))
 
     def note(self, entry: dict) -> None:
-        """Prints a part's entry and stores everything known so far."""
+        """Prints a part's entry and stores everything known so far. A part that went on behind a case that took it
+        down has not passed."""
+        earlier = self._entries[entry["name"]]
         self._entries[entry["name"]] = entry
         self._write()
+        if entry["status"] == PASSED and entry["without_row"]:
+            entry["status"] = earlier["status"]
+            self._write()
         counts = f"  {entry['tests']}" if "tests" in entry else ""
         print(f"{entry['status']:11} {entry['seconds']:6.1f} s  {entry['name']}{counts}", flush=True)
 

@@ -7,13 +7,18 @@ weights come out of memory. All run in turns, round by round. A row has the colu
 the output's error, and `target` says of ours the milliseconds that it may take or its share of the ceiling, of a peer
 how many times ours it shall take. What has goals is measured first.
 
+A peer that is not ready after --peer-seconds, as where torch.compile looks for its best products, is left out; a case
+of ours that fails loses its own rows alone, unless CUDA then refuses everything to the process: exit status 3.
 --dry-run does all of it in small shapes, on the CPU where there is no GPU: what it says of time means nothing.
 """
 
 import argparse
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -29,6 +34,7 @@ from .run import COLUMNS, SAME_FORMULA, share_of_ceiling
 from .timing import L2_FLUSH_BYTES, in_turns, spread
 
 WARM_UPS = 3
+PEER_SECONDS = 60.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("ops", metavar="OP", nargs="*", help=f"of {', '.join(ops)} (default: all)")
     parser.add_argument("--case", metavar="TEXT", nargs="*", help="only cases whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=1.5, help="for the rounds of one case (default: %(default)s)")
+    parser.add_argument(
+        "--peer-seconds",
+        type=float,
+        default=PEER_SECONDS,
+        help="until a peer of a case is ready (default: %(default)s)",
+    )
     parser.add_argument("--csv", metavar="PATH", type=Path, help="append the rows to this file")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--dry-run", action="store_true", help="small shapes; on the CPU where there is no GPU")
@@ -57,14 +69,21 @@ def main(argv: list[str] | None = None) -> int:
     facts, ceilings, failed = machine.facts(device), {}, False
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for case in chosen:
-        if case.arithmetic not in ceilings:
-            ceilings[case.arithmetic] = roofline.measure_products(device, case.arithmetic, arguments.dry_run)
-            print(f"ceilings: {ceilings[case.arithmetic].described}", flush=True)
         try:
-            rows = measure(case, device, arguments.dry_run, arguments.seconds, ceilings[case.arithmetic], facts)
-        except (ArithmeticError, RuntimeError) as error:
+            if case.arithmetic not in ceilings:
+                ceilings[case.arithmetic] = roofline.measure_products(device, case.arithmetic, arguments.dry_run)
+                print(f"ceilings: {ceilings[case.arithmetic].described}", flush=True)
+            rows = measure(
+                case, device, arguments.dry_run, arguments.seconds, ceilings[case.arithmetic], facts,
+                arguments.peer_seconds
+            )  # fmt: skip
+        except Exception as error:  # of whatever kind, the other cases are still wanted
             failed = True
-            print(f"{case.id}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            print(f"{case.id}: {machine.in_a_line(error)}", file=sys.stderr, flush=True)
+            if not isinstance(error, ArithmeticError):
+                traceback.print_exc()
+            if machine.is_lost(device):
+                return machine.LOST
             continue
         for row in rows:
             print(line(row), flush=True)
@@ -74,10 +93,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def measure(case: Case, device: str, small: bool, seconds: float, ceilings: roofline.Ceilings, facts: dict):
+def measure(
+    case: Case,
+    device: str,
+    small: bool,
+    seconds: float,
+    ceilings: roofline.Ceilings,
+    facts: dict,
+    peer_seconds: float = PEER_SECONDS,
+) -> list[dict]:
     """The rows of one case, ours first. Raises ArithmeticError where ours does not match."""
     built = case.build(device, small)
-    found = _compare(case, built)
+    found = _compare(case, built, peer_seconds)
     samplers, how = {}, {}
     for name in found:
         samplers[name], how[name] = _sampler(built.calls[name], built.count, device)
@@ -117,17 +144,41 @@ def _judgement(case: Case, milliseconds: float, percent: float) -> dict:
     return {} if case.share is None else share_of_ceiling(case.share, percent)
 
 
-def _compare(case: Case, built: Built) -> dict[str, tuple[float, torch.dtype]]:
+class OutOfTime(BaseException):
+    """No Exception: torch.compile would take it for a failure of one of its tries."""
+
+
+@contextmanager
+def _at_most(seconds: float):
+    """Raises OutOfTime inside when the time is up."""
+
+    def stop(*_):
+        raise OutOfTime(f"not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _compare(case: Case, built: Built, peer_seconds: float) -> dict[str, tuple[float, torch.dtype]]:
     """{implementation: (error, dtype of the output)} of those that are to be timed."""
     scale, found = built.truth.abs().max().item(), {}
     for name, call in built.calls.items():
         limit = case.match if name == OURS else SAME_FORMULA
         try:
-            y = call(0)
-        except (ImportError, RuntimeError) as why:
+            if name == OURS:
+                y = call(0)
+            else:
+                with _at_most(peer_seconds):
+                    y = call(0)
+        except (Exception, OutOfTime) as why:
             if name == OURS:
                 raise
-            print(f"{case.id}: {name} is left out: {str(why).splitlines()[0]}", file=sys.stderr, flush=True)
+            print(f"{case.id}: {name} is left out: {machine.in_a_line(why)}", file=sys.stderr, flush=True)
             continue
         error = ((y.double() - built.truth.double()).abs().max() / scale).item()
         if error <= limit:

@@ -28,6 +28,26 @@ def facts(device: str) -> dict[str, str]:
     }
 
 
+LOST = 3  # the exit status of a process that its GPU is lost to
+
+
+def is_lost(device: str) -> bool:
+    """Whether CUDA refuses everything to this process, as after a kernel's illegal access."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says first, and of which kind it is."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
 def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
         if line.startswith("model name"):

@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -143,9 +144,13 @@ def measure_all(cases: list[Case], device: str, effort: Effort, out: Path | None
             print(f"ceilings: {ceilings[arithmetic].described}", flush=True)
         try:
             rows = measure(case, effort, ceilings[arithmetic], facts)
-        except (Mismatch, RuntimeError) as error:
-            failures.append(f"{case.id}: {str(error).splitlines()[0]}")
+        except Exception as error:  # of whatever kind, the other cases are still wanted
+            failures.append(f"{case.id}: {machine.in_a_line(error)}")
             print(f"\n{failures[-1]}", file=sys.stderr, flush=True)
+            if not isinstance(error, Mismatch):
+                traceback.print_exc()
+            if machine.is_lost(device):
+                sys.exit(machine.LOST)
             continue
         print(_table(case, rows), flush=True)
         if out is not None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def of(name):
     return next(case for case in cases() if case.name == name)
 
 
-def measure(case, seconds=0.001, small=True):
-    return gpu_rows.measure(case, "cpu", small, seconds, CEILINGS, {"machine": "test"})
+def measure(case, seconds=0.001, small=True, **options):
+    return gpu_rows.measure(case, "cpu", small, seconds, CEILINGS, {"machine": "test"}, **options)
 
 
 def test_every_case_has_a_name_of_its_own():
@@ -95,6 +96,37 @@ def test_wrong_results_are_not_timed(capsys):
         measure(wrong(OURS, 1.1))
     assert [row["implementation"] for row in measure(wrong("torch bf16", 3.0))] == [OURS]
     assert "torch bf16 computes something else" in capsys.readouterr().err
+
+
+def with_peer(case, call):
+    """The case with one more peer, of that name."""
+    return replace(case, build=lambda *how: (built := case.build(*how), built.calls.update(peer=call))[0])
+
+
+def breaks(i):
+    raise TypeError("an argument that another version has")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [(breaks, "TypeError: an argument that another version has"), (lambda i: time.sleep(60), "OutOfTime: not ready")],
+)
+def test_a_peer_that_breaks_or_takes_too_long_is_left_out(call, said, capsys):
+    rows = measure(with_peer(of("w4a16_16x4096x4096"), call), peer_seconds=0.5)
+    assert [row["implementation"] for row in rows] == [OURS, "torch bf16"]
+    assert f"peer is left out: {said}" in capsys.readouterr().err
+
+
+def test_a_case_that_fails_loses_its_own_rows_alone(tmp_path, monkeypatch, capsys):
+    first, second = (of(name) for name in ("w4a16_16x4096x4096", "w2a16_16x4096x4096"))
+    monkeypatch.setattr(gpu_rows, "cases", lambda: (replace(first, build=lambda *how: breaks(0)), second))
+    monkeypatch.setattr(gpu_rows.machine, "facts", lambda device: {"machine": device})
+    table = tmp_path / "gpu.csv"
+    assert gpu_rows.main(["--dry-run", "--seconds", "0.001", "--csv", str(table)]) == 1
+    assert {row["case"] for row in csv.DictReader(table.open())} == {second.name}
+    assert f"{first.id}: TypeError: an argument" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_rows.machine, "is_lost", lambda device: True)
+    assert gpu_rows.main(["--dry-run", "--csv", str(table)]) == gpu_rows.machine.LOST
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16], ids=str)

@@ -186,7 +186,7 @@ def test_gpu_check_says_that_there_is_no_gpu(tmp_path, capsys):
 def test_gpu_check_survives_failing_parts(tmp_path, monkeypatch, capsys):
     """Parts that fail, work, write one of their rows and hang, and are never reached, as on a machine with a GPU; and
     what goes on where they ended."""
-    tests = "print('a.py::test[x y] PASSED [50%]\\na.py::test_b FAILED [99%]'); raise SystemExit(3)"
+    tests = "print('a.py::test[x y] PASSED [50%]\\na.py::test_b FAILED [99%]'); raise SystemExit(1)"
     first_row_alone = (
         "import pathlib, sys, time; table, _, first, *others = sys.argv[1:]; path = pathlib.Path(table)\n"
         "head = '' if path.exists() else 'op,case,implementation,median_ms,percent_of_ceiling,bound,ratio,target\\n'\n"
@@ -221,3 +221,28 @@ def test_gpu_check_survives_failing_parts(tmp_path, monkeypatch, capsys):
     report, parts, shown = run("--resume")
     assert [status for _, status, _ in parts] == ["failed", "passed", "passed"]
     assert [row["case"] for row in report["rows"]] == [*names] and "2 of 3 parts passed" in shown
+
+
+def test_gpu_check_goes_on_behind_a_case_that_takes_its_process_down(tmp_path, monkeypatch, capsys):
+    one_by_one = (
+        "import os, pathlib, sys, time; table, _, *names = sys.argv[1:]; path = pathlib.Path(table)\n"
+        "for name in names:\n"
+        "    print(name, flush=True)\n"
+        "    if 'aborts' in name: os.abort()\n"
+        "    if 'hangs' in name: time.sleep(60)\n"
+        "    columns = 'op,case,implementation,median_ms,percent_of_ceiling,bound,ratio,target'\n"
+        "    head = '' if path.exists() else columns + chr(10)\n"
+        "    path.open('a').write(f'{head}kd_loss,{name},kdkernels,1,50,bandwidth,,\\n')"
+    )
+    cases = tuple(replace(SMALL, name=name, device="cuda") for name in ("first", "aborts", "second", "hangs", "third"))
+    part = gpu_check.Part("part", (sys.executable, "-c", one_by_one, str(tmp_path / "gpu.csv")), 2, cases)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check.machine, "facts", lambda device: {"machine": device})
+    monkeypatch.setattr(gpu_check, "test_parts", list)
+    monkeypatch.setattr(gpu_check, "bench_parts", lambda table, dry: [part])
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [row["case"] for row in report["rows"]] == ["first", "second", "third"]
+    assert report["parts"][0]["without_row"] == [cases[1].id, cases[3].id]
+    assert report["parts"][0]["status"] == "timed out" and "crashed" in capsys.readouterr().out
+    assert (tmp_path / "part.log").read_text().split() == [case.name for case in cases]

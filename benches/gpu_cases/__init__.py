@@ -15,8 +15,7 @@ class Built:
     """A case on a device: what is called, what must come out, and what it must cost.
 
     calls: {implementation: call}, ours as OURS. call(i) is the i-th call of `count`, on weights of its own; the result
-    of call(0) is compared with `truth`. A peer that can't run here raises ImportError, RuntimeError or
-    NotImplementedError and is named.
+    of call(0) is compared with `truth`. A peer that can't run here raises what it likes and is named.
     work: of one call.
     """
 
@@ -53,6 +52,18 @@ class Case:
     @property
     def has_goals(self) -> bool:
         return bool(self.targets) or self.milliseconds is not None or self.share is not None
+
+
+def lazily(make: Callable[[], Callable[[int], torch.Tensor]]) -> Callable[[int], torch.Tensor]:
+    """A call that is made when it is first called: a peer that can't be made here is left out, and nothing else is."""
+    made = []
+
+    def call(i: int) -> torch.Tensor:
+        if not made:
+            made.append(make())
+        return made[0](i)
+
+    return call
 
 
 def compiled(function: Callable, device: str) -> Callable:

@@ -13,7 +13,7 @@ import kdkernels
 from kdkernels.quant.modules import QuantEmbedding, QuantLinear
 
 from ..roofline import Work
-from . import OURS, Built, Case
+from . import OURS, Built, Case, lazily
 
 BF16, FP16, COMPILED, INT_MM = "torch bf16", "torch fp16", "torch.compile bf16", "int_mm + dequantise"
 SMALL = {
@@ -38,7 +38,7 @@ def _build(texts, tokens, scheme, peers, device, small) -> Built:
             model.get_submodule(name).weight.data = module.weight.dequantize()
     calls = {OURS: _call(quantised.bfloat16(), ids)}
     for name in peers:
-        calls[name] = PEERS[name](model, ids, device)
+        calls[name] = lazily(partial(PEERS[name], model, ids, device))
     linears = [module for module in quantised.encoder.modules() if isinstance(module, QuantLinear)]
     products = 2 * ids.numel() * sum(module.in_features * module.out_features for module in linears)
     products += 4 * ids.numel() * tokens * model.config.hidden_size * model.config.num_hidden_layers  # of attention

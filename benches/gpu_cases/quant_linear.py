@@ -10,7 +10,7 @@ from kdkernels import reference
 from kdkernels.quant import PackedWeight, Scheme, linear, pack
 
 from ..roofline import Work
-from . import OURS, Built, Case, compiled
+from . import OURS, Built, Case, compiled, lazily
 
 LAYERS = 8
 SMALL_SHAPE = 64, 128  # of a dry run's weights
@@ -29,7 +29,7 @@ def _build(rows, columns, features, scheme, activation, count, peers, device, sm
     weights = [packed, *(PackedWeight(packed.blob.clone()) for _ in range(count - 1))]
     calls = {OURS: lambda i: linear(x, weights[i], bias, activation=activation)}
     for name in peers:
-        calls[name] = PEERS[name](x, packed, bias, F.gelu if activation else _same, count, device)
+        calls[name] = lazily(partial(PEERS[name], x, packed, bias, F.gelu if activation else _same, count, device))
     truth = reference.quant_linear(x, packed, bias, activation=activation)
     moved = 2 * rows * (columns + features) + 2 * features + packed.nbytes
     return Built(calls, truth, Work(moved, 2 * rows * columns * features), count)
@@ -69,23 +69,13 @@ def _int_mm(x, packed, bias, activation, count, device):
 
 def _torchao(x, packed, bias, activation, count, device):
     """torchao's dynamic int8, where the package is installed."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    def layers():
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        module = torch.nn.Linear(packed.shape[1], packed.shape[0], device=device, dtype=torch.bfloat16)
-        module.weight.data, module.bias.data = packed.dequantize(torch.bfloat16), bias.clone()
-        quantize_(module, Int8DynamicActivationInt8WeightConfig())
-        return compiled(lambda x: activation(module(x)), device)
-
-    made = []
-
-    def call(i):
-        if not made:
-            made.append(layers())
-        return made[0](x)
-
-    return call
+    module = torch.nn.Linear(packed.shape[1], packed.shape[0], device=device, dtype=torch.bfloat16)
+    module.weight.data, module.bias.data = packed.dequantize(torch.bfloat16), bias.clone()
+    quantize_(module, Int8DynamicActivationInt8WeightConfig())
+    layer = compiled(lambda x: activation(module(x)), device)
+    return lambda i: layer(x)
 
 
 PEERS = {

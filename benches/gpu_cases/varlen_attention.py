@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kdkernels import reference
 
 from ..roofline import Work
-from . import OURS, Built, Case
+from . import OURS, Built, Case, lazily
 
 HEADS, SIZE = 12, 64  # of BERT-base
 PADDED, NESTED, VARLEN, FLASH = "torch sdpa padded", "torch sdpa nested", "torch varlen_attn", "flash-attn"
@@ -26,7 +26,7 @@ def _build(lengths, dtype, peers, device, small) -> Built:
     arguments = [x.flatten(1) for x in (q, k, v)]
     calls = {OURS: lambda i: torch.ops.kdkernels.varlen_attention(*arguments, bounds, HEADS, SIZE**-0.5)}
     for name in peers:
-        calls[name] = PEERS[name](q, k, v, lengths, bounds)
+        calls[name] = lazily(partial(PEERS[name], q, k, v, lengths, bounds))
     truth = reference.varlen_attention(*(x.double() for x in arguments), bounds, HEADS, SIZE**-0.5)
     moved = 4 * arguments[0].numel() * joint.element_size()
     return Built(calls, truth, Work(moved, 4 * HEADS * SIZE * sum(length**2 for length in lengths)))
@@ -53,25 +53,17 @@ def _nested(q, k, v, lengths, bounds):
 
 
 def _varlen(q, k, v, lengths, bounds):
+    from torch.nn.attention.varlen import varlen_attn
+
     longest = max(lengths)
-
-    def call(i):
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest).flatten(1)
-
-    return call
+    return lambda i: varlen_attn(q, k, v, bounds, bounds, longest, longest).flatten(1)
 
 
 def _flash(q, k, v, lengths, bounds):
+    from flash_attn import flash_attn_varlen_func
+
     longest = max(lengths)
-
-    def call(i):
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest).flatten(1)
-
-    return call
+    return lambda i: flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest).flatten(1)
 
 
 PEERS = {PADDED: _padded, NESTED: _nested, VARLEN: _varlen, FLASH: _flash}
