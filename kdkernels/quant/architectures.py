@@ -13,6 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    ModelOutput,
+)
 
 # config.hidden_act in transformers -> the activation of kdkernels.quant.linear.
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
@@ -65,16 +72,17 @@ def _albert(base) -> Iterator[Block]:
             )  # fmt: skip
 
 
-_BLOCKS = {
-    "BertModel": _bert,
-    "RobertaModel": _bert,
-    "XLMRobertaModel": _bert,
-    "CamembertModel": _bert,
-    "ElectraModel": _bert,
-    "DistilBertModel": _distilbert,
-    "AlbertModel": _albert,
+# Of each base model: its blocks, and the class of what its forward returns.
+_FAMILIES = {
+    "BertModel": (_bert, BaseModelOutputWithPoolingAndCrossAttentions),
+    "RobertaModel": (_bert, BaseModelOutputWithPoolingAndCrossAttentions),
+    "XLMRobertaModel": (_bert, BaseModelOutputWithPoolingAndCrossAttentions),
+    "CamembertModel": (_bert, BaseModelOutputWithPoolingAndCrossAttentions),
+    "ElectraModel": (_bert, BaseModelOutputWithPastAndCrossAttentions),
+    "DistilBertModel": (_distilbert, BaseModelOutput),
+    "AlbertModel": (_albert, BaseModelOutputWithPooling),
 }
-ARCHITECTURES = tuple(_BLOCKS)
+ARCHITECTURES = tuple(_FAMILIES)
 
 
 def is_base(module: nn.Module) -> bool:
@@ -84,7 +92,7 @@ def is_base(module: nn.Module) -> bool:
 
 def blocks(base: nn.Module) -> list[Block]:
     """The blocks of a supported base model, in the order in which they run."""
-    return list(_BLOCKS[type(base).__name__](base))
+    return list(_FAMILIES[type(base).__name__][0](base))
 
 
 def activation(config) -> str | None:
@@ -95,7 +103,7 @@ def activation(config) -> str | None:
 def unsupported(base: nn.Module) -> str:
     """Why the padding-free encoder can't run this base model; empty if it can."""
     name, config = type(base).__name__, base.config
-    if name not in _BLOCKS:
+    if name not in _FAMILIES:
         return f"{name} is not one of {', '.join(ARCHITECTURES)}"
     if getattr(config, "is_decoder", False):
         return "a decoder attends causally"
@@ -108,7 +116,7 @@ def unsupported(base: nn.Module) -> str:
 
 def position_tables(base: nn.Module) -> list[str]:
     """Names of the position embeddings of a base model, where they are known to be looked up as embeddings are."""
-    return ["embeddings.position_embeddings"] if type(base).__name__ in _BLOCKS else []
+    return ["embeddings.position_embeddings"] if type(base).__name__ in _FAMILIES else []
 
 
 def read_as_matrices(model: nn.Module) -> set[str]:
@@ -137,8 +145,15 @@ def widen(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return base.embeddings_project(x) if hasattr(base, "embeddings_project") else x
 
 
-def pool(base: nn.Module, last: torch.Tensor) -> torch.Tensor | None:
-    """The pooled output from the last hidden state [B, N, D]."""
+def output(base: nn.Module, last: torch.Tensor, hidden: tuple[torch.Tensor, ...] | None) -> ModelOutput:
+    """What the model's forward returns, from the last hidden state [B, N, D] and all of them."""
+    made = _FAMILIES[type(base).__name__][1]
+    if not hasattr(base, "pooler"):
+        return made(last_hidden_state=last, hidden_states=hidden)
+    return made(last_hidden_state=last, pooler_output=_pool(base, last), hidden_states=hidden)
+
+
+def _pool(base: nn.Module, last: torch.Tensor) -> torch.Tensor | None:
     if base.pooler is None:
         return None
     if type(base).__name__ == "AlbertModel":

@@ -12,7 +12,6 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from .. import reference
 from .._load import serves
@@ -144,10 +143,7 @@ class PaddingFree:
         states = run_blocks(x, tokens.cumulative, architectures.blocks(self), self.config, keep_all)
         hidden = tuple(tokens.unpack(state) for state in (x, *states)) if keep_all else None
         last = tokens.unpack([x, *states][-1]) if hidden is None else hidden[-1]
-        if hasattr(self, "pooler"):
-            output = BaseModelOutputWithPooling(last, architectures.pool(self, last), hidden)
-        else:
-            output = BaseModelOutput(last, hidden)
+        output = architectures.output(self, last, hidden)
         return output if self._option("return_dict", given) else output.to_tuple()
 
     def __reduce__(self):
