@@ -162,9 +162,10 @@ def test_eight_bits_are_close_to_the_original(name):
     model = tiny(name)
     inputs = batch(model.config)
     real = inputs["attention_mask"].bool()
-    before = model(**inputs).last_hidden_state[real]
-    after = kdkernels.quantize(model)(**inputs).last_hidden_state[real]
-    cosine = torch.nn.functional.cosine_similarity(before, after)
+    before = model(**inputs, output_hidden_states=True)
+    after = kdkernels.quantize(model)(**inputs, output_hidden_states=True)
+    assert type(after) is type(before) and after.keys() == before.keys()
+    cosine = torch.nn.functional.cosine_similarity(before.last_hidden_state[real], after.last_hidden_state[real])
     assert cosine.mean() > 0.996  # the bar for 8 bits on a real model too
 
 
@@ -332,6 +333,15 @@ class TestPlan:
         tensors = [*model.parameters(), *model.buffers()]
         size = sum(t.numel() * t.element_size() for t in tensors) / 1e6
         assert 0.999 * limit < size <= limit
+
+    def test_classes_made_from_linear_and_embedding_stay(self):
+        """BART scales what it looks up; MultiheadAttention reads the weight of its out_proj itself."""
+        config = transformers.BartConfig(
+            vocab_size=120, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, scale_embedding=True
+        )
+        planned = plan(transformers.BartModel(config), Scheme(), {}, [])
+        assert planned and not any("embed" in name for name in planned)
+        assert plan(torch.nn.MultiheadAttention(8, 2), Scheme(), {}, []) == {}
 
     def test_bits_per_layer_by_name(self):
         model = kdkernels.quantize(tiny("bert"), "int4", bits_per_layer={"layer.0": 8, "layer.0.output.dense": "int2"})

@@ -52,6 +52,42 @@ class TestCheckpoints:
         assert torch.equal(loaded(**inputs).last_hidden_state, expected)
 
     @pytest.mark.parametrize(
+        ("saved", "loaded"),
+        [
+            ("AutoModelForTokenClassification", "AutoModel"),
+            ("AutoModelForMaskedLM", "AutoModelForSequenceClassification"),
+            ("AutoModel", "AutoModelForMaskedLM"),
+        ],
+    )
+    @torch.no_grad()
+    def test_what_the_saved_class_lacks_is_fresh(self, saved, loaded, tmp_path):
+        """A pooler or a head: made as transformers makes it, and never of what memory held before."""
+        model = kdkernels.quantize(tiny("bert", getattr(transformers, saved)))
+        model.save_pretrained(tmp_path / "saved")
+        made = getattr(transformers, loaded).from_pretrained(tmp_path / "saved")
+        inputs = batch(made.config)
+        states = [m.base_model(**inputs).last_hidden_state for m in (model, made)]
+        assert torch.equal(*states)
+        if loaded == "AutoModelForMaskedLM":
+            head = made.cls.predictions.decoder
+            assert torch.equal(head.weight.blob, made.get_input_embeddings().weight.blob) and (head.bias == 0).all()
+        else:
+            pooler = made.base_model.pooler.dense
+            assert (
+                0.01 < pooler.weight.dequantize().std() < 0.03 and (pooler.bias == 0).all()
+            )  # initializer_range is 0.02
+        made.save_pretrained(tmp_path / "again")
+        again = getattr(transformers, loaded).from_pretrained(tmp_path / "again")
+        assert torch.equal(again(**inputs)[-1], made(**inputs)[-1])
+
+    @torch.no_grad()
+    def test_the_base_model_is_saved_by_itself(self, folder, tmp_path):
+        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        loaded.bert.save_pretrained(tmp_path / "base")
+        base, inputs = transformers.AutoModel.from_pretrained(tmp_path / "base"), batch(loaded.config)
+        assert torch.equal(base(**inputs).last_hidden_state, loaded.bert(**inputs).last_hidden_state)
+
+    @pytest.mark.parametrize(
         "load",
         [
             transformers.AutoModelForSequenceClassification.from_pretrained,
@@ -108,6 +144,20 @@ class TestCheckpoints:
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="format 99"):
             transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+    @pytest.mark.parametrize("scheme", [{"bits": 7}, {"grain": 3}, "int8", None])
+    def test_a_damaged_config_is_an_error(self, folder, scheme):
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["scheme"] = scheme
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="quantization_config is damaged"):
+            transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def test_a_model_in_float_is_not_quantised_while_it_is_loaded(self, folder, tmp_path):
+        tiny("bert").save_pretrained(tmp_path / "float")
+        given = self.model.config.quantization_config
+        with pytest.raises(ValueError, match=r"then call kdkernels\.quantize"):
+            transformers.AutoModel.from_pretrained(tmp_path / "float", quantization_config=given)
 
     def test_weights_of_another_scheme_are_an_error(self, folder, tmp_path):
         other = kdkernels.quantize(tiny("bert", transformers.AutoModelForSequenceClassification), "int8")
@@ -197,6 +247,21 @@ class TestVocabularyHeads:
         model.save_pretrained(tmp_path)
         loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+    @torch.no_grad()
+    def test_a_second_word_embedding(self, tmp_path):
+        """T5's encoder has its own, which is tied to the model's."""
+        torch.manual_seed(0)
+        config = transformers.T5Config(vocab_size=120, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+        model = transformers.T5EncoderModel(config).eval()
+        inputs = batch(config)
+        before = model(**inputs).last_hidden_state
+        after = kdkernels.quantize(model)(**inputs).last_hidden_state
+        assert torch.nn.functional.cosine_similarity(before, after, -1).mean() > 0.99
+        model.save_pretrained(tmp_path)
+        assert [name for name in load_file(tmp_path / "model.safetensors") if "embed" in name] == []
+        loaded = transformers.T5EncoderModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded(**inputs).last_hidden_state, after)
 
     @torch.no_grad()
     def test_weights_that_are_not_tied(self, tmp_path):

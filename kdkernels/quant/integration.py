@@ -37,14 +37,14 @@ class KdkernelsConfig(QuantizationConfigMixin):
         scheme: of the encoder's linears; the fields of a `Scheme`.
         bits_per_layer: {part of a module's name: fields of its Scheme}.
         skip: parts of names of modules that were left as they were.
-        tied: names of vocabulary heads whose weight is stored as the word embedding's alone.
+        tied: names of modules, such as vocabulary heads, whose weight is stored as the word embedding's alone.
         digest: SHA-256 over names, dtypes, shapes and bytes of all tensors in the files.
         format: the version of these settings.
     """
 
     def __init__(
         self,
-        scheme,
+        scheme=None,
         bits_per_layer: Mapping = (),
         skip: Sequence[str] = (),
         tied: Collection[str] = (),
@@ -57,6 +57,11 @@ class KdkernelsConfig(QuantizationConfigMixin):
                 f"quantization_config has format {format!r}; this version of kdkernels reads {FORMAT}: quantize the "
                 "original model again"
             )
+        try:
+            for fields in (scheme, *dict(bits_per_layer).values()):
+                Scheme(**fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"quantization_config is damaged: it names no scheme of kdkernels: {error}") from None
         self.quant_method = METHOD
         self.scheme, self.bits_per_layer, self.skip = scheme, dict(bits_per_layer), list(skip)
         self.tied, self.digest, self.format = sorted(tied), digest, format
@@ -70,18 +75,27 @@ class KdkernelsQuantizer(HfQuantizer):
         from . import tied
         from .quantize import lay_out, plan
 
+        if not self.pre_quantized:
+            raise ValueError(
+                "kdkernels quantises no model while it is loaded: load it without quantization_config, then call "
+                "kdkernels.quantize(model)"
+            )
         config = self.quantization_config
         own = {part: Scheme(**fields) for part, fields in config.bits_per_layer.items()}
-        if checkpoint_files is not None:
-            check(checkpoint_files, config.digest)
+        self._stored = check(checkpoint_files, config.digest) if checkpoint_files is not None else []
         lay_out(model, plan(model, Scheme(**config.scheme), own, config.skip))
         tied.share(model, config.tied)
+        self._tables = dict(tied.declared(model))
         tied.forget(model)
 
+    @torch.no_grad()
     def _process_model_after_weight_loading(self, model, **_):
+        from transformers import PreTrainedModel
+
         from .encoder import attach_all
         from .modules import Packed
 
+        self._supply(model)
         packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
         for module in packed.values():
             module.unfold()  # what transformers may have looked at while it was loading
@@ -94,7 +108,39 @@ class KdkernelsQuantizer(HfQuantizer):
             except ValueError as error:
                 raise ValueError(f"the checkpoint's {name}.packed is unusable: {error}") from None
         attach_all(model.requires_grad_(False))
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):  # each can be saved by itself
+                tell(module, self)
         return model
+
+    def _supply(self, model) -> None:
+        """Weights for what the model that was saved did not have, as a token classifier has no pooler: fresh ones of
+        transformers, packed; a vocabulary head borrows its table's. Left alone they are whatever memory holds.
+        """
+        from .modules import Packed, QuantLinear
+
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, Packed) or not self._lacks(f"{name}.packed", module.packed):
+                continue
+            table = dict(model.named_modules()).get(self._tables.get(name))
+            if isinstance(table, Packed) and table.scheme == module.scheme:
+                module.borrow(table)
+                if module.bias is not None and self._lacks(f"{name}.bias", module.bias):
+                    module.bias.zero_()
+            elif isinstance(module, QuantLinear):
+                shape, device = (module.in_features, module.out_features), module.packed.device
+                fresh = torch.nn.Linear(*shape, bias=module.bias is not None, device=device)
+                model._init_weights(fresh)
+                model.set_submodule(name, QuantLinear.of(fresh, module.scheme))
+            else:
+                raise ValueError(f"the checkpoint has no {name}.packed")
+
+    def _lacks(self, name: str, tensor: torch.Tensor | None) -> bool:
+        """Whether the files have no such tensor, under its name here or in another class; transformers marks what it
+        has read."""
+        here = f".{name}"
+        held = any(here.endswith(f".{stored}") or f".{stored}".endswith(here) for stored in self._stored)
+        return tensor is not None and not held and not getattr(tensor, "_is_hf_initialized", False)
 
     def get_state_dict_and_metadata(self, model):
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -119,23 +165,29 @@ class KdkernelsQuantizer(HfQuantizer):
 def mark(model, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequence[str], tied: Collection[str] = ()) -> None:
     """Tells a quantised model of transformers that it is one, as from_pretrained would."""
     config = KdkernelsConfig(asdict(scheme), {part: asdict(chosen) for part, chosen in own.items()}, skip, tied)
-    model.hf_quantizer = KdkernelsQuantizer(config)
-    model.is_quantized, model.quantization_method = True, METHOD
-    model.config.quantization_config = config
+    tell(model, KdkernelsQuantizer(config))
 
 
-def check(files: Sequence[str], expected: str) -> None:
-    """ValueError unless the files hold the tensors that were saved."""
+def tell(model, quantizer: KdkernelsQuantizer) -> None:
+    """Leaves with a model of transformers that the quantizer did it."""
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def check(files: Sequence[str], expected: str) -> list[str]:
+    """The names of the tensors in the files; ValueError unless they are the tensors that were saved."""
     if other := [file for file in files if not str(file).endswith(".safetensors")]:
         raise ValueError(f"kdkernels reads checkpoints from safetensors only, got {Path(other[0]).name}")
     try:
         with ExitStack() as opened:
             readers = [opened.enter_context(safe_open(file, "pt")) for file in files]
+            names = [name for reader in readers for name in reader.keys()]
             found = digest((name, reader.get_tensor(name)) for reader in readers for name in reader.keys())
     except SafetensorError as error:
         raise ValueError(f"the checkpoint's safetensors file is cut off or damaged: {error}") from None
     if found != expected:
         raise ValueError("the checkpoint is damaged: its tensors do not have the digest that its config.json says")
+    return names
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

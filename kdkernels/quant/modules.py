@@ -151,10 +151,13 @@ class QuantEmbedding(Packed):
         return self
 
     @classmethod
-    def of(cls, module: nn.Embedding, scheme: Scheme) -> "QuantEmbedding":
-        """The module, packed."""
+    def of(cls, module: nn.Embedding, scheme: Scheme, lender: Packed | None = None) -> "QuantEmbedding":
+        """The module, packed. A lender has packed the same weight before."""
         self = cls.like(module, scheme)
-        self.packed = encode(module.weight, scheme, *find_ranges(module.weight, scheme), prepare=False).blob
+        if lender is None:
+            self.packed = encode(module.weight, scheme, *find_ranges(module.weight, scheme), prepare=False).blob
+        else:
+            self.borrow(lender)
         return self
 
     @property

@@ -123,9 +123,9 @@ def plan(model: nn.Module, scheme: Scheme, own: Mapping[str, Scheme], skip: Sequ
     for name, module in model.named_modules():
         if name in matrices or any(fits(name, part) for part in skip):
             continue
-        if isinstance(module, nn.Embedding):
+        if type(module) is nn.Embedding:  # one of a class made from it may scale what it looks up
             chosen = table if module.num_embeddings in vocabulary else TABLE if name in positions else None
-        elif not isinstance(module, nn.Linear):
+        elif type(module) is not nn.Linear:  # torch.nn.MultiheadAttention has one whose weight it reads itself
             continue
         elif not bases or any(inside(name, base) for base in bases):
             chosen = scheme
@@ -151,19 +151,18 @@ def _pack(
     shared: Mapping[str, str],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Puts a quantised module in place of each named one; heads in `shared` borrow the weight of the table there."""
+    """Puts a quantised module in place of each named one; those in `shared` borrow the weight of the table there."""
     linears = [name for name in layers if isinstance(model.get_submodule(name), nn.Linear)]
     importance = mean_squares(model, linears)
     ordered = sorted(layers, key=lambda name: name in shared)  # tables before who borrows from them
     for done, name in enumerate(ordered, 1):
         module, scheme = model.get_submodule(name), layers[name]
+        lender = model.get_submodule(shared[name]) if name in shared else None
         try:
-            if name in shared:
-                packed = QuantLinear.of(module, scheme, lender=model.get_submodule(shared[name]))
-            elif isinstance(module, nn.Linear):
-                packed = QuantLinear.of(module, scheme, importance.get(name))
+            if isinstance(module, nn.Linear):
+                packed = QuantLinear.of(module, scheme, importance.get(name), lender)
             else:
-                packed = QuantEmbedding.of(module, scheme)
+                packed = QuantEmbedding.of(module, scheme, lender)
         except ValueError as error:
             raise ValueError(f"{name} can't be quantised: {error}") from None
         model.set_submodule(name, packed)

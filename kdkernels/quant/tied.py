@@ -1,8 +1,9 @@
-"""Vocabulary heads whose weight is the word embedding's: packed once, stored once, and no parameter to tie any more.
+"""Vocabulary heads, and second word embeddings, whose weight is the word embedding's: packed once, stored once, and no
+parameter to tie any more.
 
 transformers names what is tied in `all_tied_weights_keys`, and ties it again wherever a model is loaded. A packed
 weight is no parameter, and the bias beside it another than the float32 one, so their names are taken out of there, and
-the head borrows from the embedding (modules.py).
+they borrow from the embedding (modules.py).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +21,7 @@ def find(model: nn.Module, layers: Mapping[str, Scheme]) -> dict[str, str]:
     """{name of a head: name of the embedding} that hold one parameter, and get one scheme in `layers`."""
     return {
         head: table
-        for head, table in _declared(model)
+        for head, table in declared(model)
         if head in layers
         and layers[head] == layers.get(table)
         and model.get_submodule(head).weight is model.get_submodule(table).weight
@@ -29,7 +30,7 @@ def find(model: nn.Module, layers: Mapping[str, Scheme]) -> dict[str, str]:
 
 def share(model: nn.Module, heads: Collection[str]) -> None:
     """In a model laid out to be loaded: those of `heads` that it has borrow from their embedding."""
-    for head, table in _declared(model):
+    for head, table in declared(model):
         if any(f".{name}".endswith(f".{head}") for name in heads):
             model.get_submodule(head).borrow(model.get_submodule(table))
 
@@ -58,7 +59,7 @@ def _refuse_resizing(*_arguments, **_options):
     )
 
 
-def _declared(model: nn.Module) -> Iterator[tuple[str, str]]:
+def declared(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name of a head, name of the embedding) wherever a model of transformers says that they are tied."""
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
