@@ -70,8 +70,22 @@ def test_spills_are_seen(tmp_path):
     assert re.fullmatch(r"\d+ stack, limit 0", kernel.excess)
 
 
-def kernel(name, registers=64):
-    return Kernel(name, "float", "sm_80", 512, registers, 0, 0, 0, 0, 0.5)
+def kernel(name, registers=64, stack=0, arch="sm_80", variant="float"):
+    return Kernel(name, variant, arch, 512, registers, stack, 0, 0, 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "variant", "beyond"),
+    [
+        ("kd_loss::forward", "sm_80", "float", True),
+        ("triton::_attention::forward_kernel", "sm_80", "none, bfloat16", False),
+        ("triton::_attention::forward_kernel", "sm_90a", "none, float32", False),
+        ("triton::_attention::forward_kernel", "sm_90a", "none, bfloat16", True),
+    ],
+)
+def test_hot_kernels_may_not_spill(name, arch, variant, beyond):
+    assert kernel(name, arch=arch, variant=variant).excess == ""
+    assert bool(kernel(name, stack=8, arch=arch, variant=variant).excess) == beyond
 
 
 def test_command(tmp_path, monkeypatch, capsys):
