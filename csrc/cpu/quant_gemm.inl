@@ -284,13 +284,15 @@ inline PanelValues product_values(const QuantWeights& w, int64_t panel, int64_t 
 
 constexpr int64_t kFewRows = 24;
 
+inline bool takes_few_rows(const QuantWeights& w, int64_t rows) { return w.bits < 8 && rows <= kFewRows; }
+
 // A block of at most kFewRows rows times low bits: kQuantChunk columns at a time are unpacked to `values` and multiplied with all rows, so
 // that they don't leave the first-level cache.
 inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, bool next_is_own, int8_t* values,
                      int32_t* sums) {
   const QuantWeights& w = op.weights;
 #if defined(__AVX512F__)
-  if (rows <= kCodesRows) return codes_gemm(w, panel, rows, {op.a + first * w.depth, w.depth, kCodeColumns}, next_is_own, sums);
+  if (rows <= kCodesRows) return codes_gemm(op, panel, first, rows, next_is_own, values, sums);
 #endif
   const int64_t bytes = kPanelRows * w.bits, tiles = (rows + kVnniRows - 1) / kVnniRows;  // of 8 columns
   Ahead ahead{w.codes + (panel + 1) * (w.depth / 8 * bytes), next_is_own ? bytes / tiles : 0, static_cast<char*>(op.out), 0};

@@ -85,6 +85,11 @@ inline void integer_tiles(const QuantWeights& w, int64_t, int64_t, int64_t rows,
 }
 
 constexpr int64_t kFewRows = 16;
+constexpr int64_t kVnniFewRows = 4;  // of 8 bits: as many or fewer are faster without tiles, whose loads take as long for one row as for 16
+
+inline bool takes_few_rows(const QuantWeights& w, int64_t rows) {
+  return w.bits < 8 ? rows <= kFewRows : rows <= kVnniFewRows && w.segments == 1;
+}
 
 template <int kBits>
 inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, bool next_is_own, int8_t* values, int32_t* sums) {
@@ -103,12 +108,26 @@ inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, bool n
   sixteen_rows(w.depth, op.a + first * w.depth, tile, w.starts + panel * kPanelRows, sums);
 }
 
-// A block of at most kFewRows rows times low bits. Two tiles of values, of 1 KB, are unpacked while the ones before are multiplied, into a
-// ring of four: loads wait for earlier stores at the same place in another 4 KB.
-inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, bool next_is_own, int8_t* values, int32_t* sums) {
+// Rows times 8 bits without tiles; `scratch` takes the rows end to end.
+inline void vnni_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, bool next_is_own, int8_t* scratch, int32_t* sums) {
   const QuantWeights& w = op.weights;
-  if (rows <= kCodesRows) return codes_gemm(w, panel, rows, {op.a + first * w.depth, kCodeColumns, 16 * kCodeColumns}, next_is_own, sums);
-  if (w.bits == 4) few_rows<4>(op, panel, first, next_is_own, values, sums);
-  if (w.bits == 3) few_rows<3>(op, panel, first, next_is_own, values, sums);
-  if (w.bits == 2) few_rows<2>(op, panel, first, next_is_own, values, sums);
+  uint8_t* a = reinterpret_cast<uint8_t*>(scratch);
+  for (int64_t m = 0; m < rows; ++m) {
+    const CodeRow from(op, first + m);
+    for (int64_t k = 0; k < w.depth; k += kCodeColumns) __builtin_memcpy(a + m * w.depth + k, from.at(k), kCodeColumns);
+  }
+  const PanelValues values = panel_values(w, panel, 0, w.depth, nullptr);
+  const Ahead ahead{w.codes + (panel + 1) * w.depth * kPanelRows, next_is_own ? 8 * kPanelRows : 0, static_cast<char*>(op.out), 0};
+  vnni_tiles(rows, w.depth, a, w.depth, values, ahead, w.starts + panel * kPanelRows, 0, sums);
+}
+
+// A block of few rows. More than kCodesRows of them times low bits: two tiles of values, of 1 KB, are unpacked while the ones before are
+// multiplied, into a ring of four: loads wait for earlier stores at the same place in another 4 KB.
+inline void few_rows(const QuantLinear& op, int64_t panel, int64_t first, int64_t rows, bool next_is_own, int8_t* values, int32_t* sums) {
+  const int bits = op.weights.bits;
+  if (bits == 8) return vnni_rows(op, panel, first, rows, next_is_own, values, sums);
+  if (rows <= kCodesRows) return codes_gemm(op, panel, first, rows, next_is_own, values, sums);
+  if (bits == 4) few_rows<4>(op, panel, first, next_is_own, values, sums);
+  if (bits == 3) few_rows<3>(op, panel, first, next_is_own, values, sums);
+  if (bits == 2) few_rows<2>(op, panel, first, next_is_own, values, sums);
 }

@@ -224,7 +224,7 @@ constexpr int64_t kMostRows = kTileRows > kFewRows ? kTileRows : kFewRows;
 
 // Floats of scratch: a tile's sums, their total over segments, and an unpacked panel.
 int64_t quant_linear_scratch(const QuantLinear& op) {
-  return 2 * kMostRows * kPanelRows + (op.weights.bits < 8 ? op.weights.depth * kPanelRows / 4 : 0);
+  return 2 * kMostRows * kPanelRows + op.weights.depth * (op.weights.bits < 8 ? kPanelRows : kVnniRows) / 4;
 }
 
 // Of one segment.
@@ -319,7 +319,7 @@ void quant_linear(const QuantLinear& op, int64_t item, float* scratch) {
   alignas(64) float bias[kPanelRows];
   panel_bias(op, block, bias);
   const bool next_is_own = op.together > 1 && (item + 1) % op.together != 0;
-  if (w.bits < 8 && block.rows <= kFewRows) {
+  if (takes_few_rows(w, block.rows)) {
     few_rows(op, block.panel, block.first, block.rows, next_is_own, unpacked, sums);
     return finish_sums(op, block, sums, bias);
   }
