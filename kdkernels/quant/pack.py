@@ -125,6 +125,7 @@ def _to_groups(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     if scheme.group == "channel":
         return weight
     if scheme.group == "out":
+        size = min(size, weight.shape[0])
         return F.pad(weight, (0, 0, 0, -weight.shape[0] % size)).view(-1, size * weight.shape[1])
     padded = F.pad(weight, (0, -weight.shape[1] % size))
     if scheme.group == "block":

@@ -6,6 +6,7 @@ BITS = (8, 4, 3, 2)
 GROUPS = ("channel", "out", "in", "block")
 RUN = 32  # columns whose codes lie together; blocks are multiples of it
 DEFAULT_GROUP_SIZE = 32
+LARGEST_GROUP = {"out": 1 << 20, "in": 1 << 15, "block": 1 << 15}  # at least all of a weight
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class Scheme:
     activation_bits: int | None = 8
 
     def __post_init__(self):
-        if isinstance(self.bits, bool) or self.bits not in BITS:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in BITS:
             raise ValueError(f"bits must be one of 8, 4, 3, 2, got {self.bits!r}")
         if self.group not in GROUPS:
             raise ValueError(f"group must be one of {', '.join(map(repr, GROUPS))}, got {self.group!r}")
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"symmetric must be a bool, got {type(self.symmetric).__name__}")
-        if self.activation_bits is not None and (isinstance(self.activation_bits, bool) or self.activation_bits != 8):
+        if self.activation_bits is not None and (
+            not isinstance(self.activation_bits, int) or self.activation_bits != 8
+        ):
             raise ValueError(
                 f"activation_bits must be 8, or None for weight-only quantisation; got {self.activation_bits!r}"
             )
@@ -55,9 +58,10 @@ class Scheme:
             return
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"group_size must be an int or None, got {type(size).__name__}")
-        if size < 1 or (self.group == "block" and size % RUN):
-            accepted = "a positive multiple of 32 with group 'block'" if self.group == "block" else ">= 1"
-            raise ValueError(f"group_size must be {accepted}, got {size}")
+        most = LARGEST_GROUP[self.group]
+        if not 1 <= size <= most or (self.group == "block" and size % RUN):
+            accepted = "a positive multiple of 32" if self.group == "block" else ">= 1"
+            raise ValueError(f"group_size must be {accepted} and at most {most} with group {self.group!r}, got {size}")
 
     @property
     def two_level(self) -> bool:
