@@ -21,10 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kdkernels {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"\nkdkernels {arguments.command}: interrupted; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        resumes = "; the same command goes on from the last checkpoint" * (arguments.command in ("demo", "distill"))
+        print(f"\nkdkernels {arguments.command}: interrupted{resumes}", file=sys.stderr)
         return 130
 
 

@@ -1,13 +1,16 @@
 """`kdkernels quantize`: what it prints and writes, its quality gate, and one clear line for bad input."""
 
+import json
 import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 from kdkernels.cli import main
 
@@ -43,6 +46,11 @@ def test_the_gate_writes_nothing(teacher, texts, tmp_path, capsys, gate):
     assert not (tmp_path / "out").exists()
 
 
+def change_config(folder, **fields):
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -50,6 +58,9 @@ def test_the_gate_writes_nothing(teacher, texts, tmp_path, capsys, gate):
         ({"model": "full"}, "MODEL .*full is no folder that save_pretrained of transformers wrote"),
         ({"model": "bare"}, "MODEL .*bare has no tokenizer"),
         ({"model": "cut"}, "MODEL .*cut can't be loaded"),
+        ({"model": "misfit"}, "MODEL .*misfit can't be loaded: its weights don't have the shapes of its config.json"),
+        ({"model": "renamed"}, r"MODEL .*renamed can't be loaded: its files lack .* weights, bert\."),
+        ({"model": "writer"}, "MODEL .*writer is a GPT2LMHeadModel, which is no encoder of texts"),
         ({"model": "images"}, "MODEL .*images is a ViTModel, which is no encoder of texts"),
         ({"out": "full"}, "OUT must be a folder that is new or empty, got .*full"),
         ({"out": "full/file/out"}, "OUT .*out can't be made: .*file is no folder"),
@@ -69,7 +80,16 @@ def test_bad_input(teacher, texts, tmp_path, monkeypatch, capsys, change, messag
     transformers.ViTModel(
         transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16)
     ).save_pretrained("images")
-    tiny.tokenizer().save_pretrained("images")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained("writer")
+    for folder in ("images", "writer"):
+        tiny.tokenizer().save_pretrained(folder)
+    shutil.copytree(teacher, "misfit")
+    change_config("misfit", intermediate_size=24)
+    shutil.copytree(teacher, "renamed")
+    tensors = load_file("renamed/model.safetensors")
+    save_file(
+        {f"other.{name}": tensor for name, tensor in tensors.items()}, "renamed/model.safetensors", {"format": "pt"}
+    )
     given = {"model": teacher, "out": "out", "--text": texts, **change}
     options = [word for name, value in given.items() if name.startswith("--") for word in (name, value)]
     capsys.readouterr()  # bars of what was saved here
@@ -92,3 +112,13 @@ def test_twice(teacher, texts, tmp_path, capsys):
     assert main(["quantize", teacher, str(tmp_path / "out"), "--text", texts]) == 0
     assert main(["quantize", str(tmp_path / "out"), str(tmp_path / "again"), "--text", texts]) == 2
     assert "quantised already" in capsys.readouterr().err
+
+
+def test_an_interrupt_writes_nothing(teacher, texts, tmp_path, monkeypatch, capsys):
+    def stop(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdkernels.quant.report.save", stop)
+    assert main(["quantize", teacher, str(tmp_path / "out"), "--text", texts]) == 130
+    assert capsys.readouterr().err == "\nkdkernels quantize: interrupted\n"
+    assert not (tmp_path / "out").exists()

@@ -110,16 +110,26 @@ def load(model: str):
         )
     cached = not folder.exists() and not _hub_answers()
     try:
-        loaded = model_class(model, cached).from_pretrained(model, local_files_only=cached).eval()
+        loaded, found = model_class(model, cached).from_pretrained(
+            model, local_files_only=cached, output_loading_info=True
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=cached)
     except (OSError, ValueError, SafetensorError) as error:
         if not folder.exists():
             why = "can't be reached" if cached else "gives no model of this name"
             raise ValueError(f"MODEL {model}: no such folder, and the Hub {why}") from error
         raise ValueError(f"MODEL {model} can't be loaded: {error}") from error
-    if loaded.main_input_name != "input_ids" or loaded.config.is_encoder_decoder:
+    except RuntimeError as error:  # transformers' own message is about a report that is not printed here
+        raise ValueError(
+            f"MODEL {model} can't be loaded: its weights don't have the shapes of its config.json"
+        ) from error
+    if loaded.main_input_name != "input_ids" or loaded.config.is_encoder_decoder or loaded.can_generate():
         raise ValueError(f"MODEL {model} is a {type(loaded).__name__}, which is no encoder of texts")
-    return loaded, tokenizer
+    if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name):  # which embedders leave out
+        raise ValueError(
+            f"MODEL {model} can't be loaded: its files lack {len(missing)} of the model's weights, {missing[0]} for one"
+        )
+    return loaded.eval(), tokenizer
 
 
 def _hub_answers() -> bool:
@@ -135,7 +145,7 @@ def model_class(folder: str, cached: bool = False):
     """The class that config.json names; a model of hidden states where it names none. cached: ask no Hub."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=cached)
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"MODEL {folder} is quantised already")
+        raise ValueError("it is quantised already")
     names = config.architectures or []
     return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
 
