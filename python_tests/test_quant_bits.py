@@ -120,9 +120,12 @@ def _layer(loss=1.0):
         (lambda: hessian_sensitivity(tiny.bert(), [], probes=0), "probes must be an int >= 1, got 0"),
         (lambda: hessian_sensitivity(tiny.bert(), [], bits=(5,)), "bits must give 8, 4, 3 or 2 bits"),
         (lambda: hessian_sensitivity(tiny.bert(), []), "data must have at least one batch"),
+        (lambda: hessian_sensitivity(tiny.bert(), {}), "data must be an iterable of batches, got dict"),
+        (lambda: hessian_sensitivity(tiny.bert(), [], bits=8), "bits must be a sequence of numbers of bits, got 8"),
+        (lambda: allocate_bits({"a": _layer()}, budget="1"), "budget must be a number of bytes, got str"),
         (lambda: hessian_sensitivity(tiny.bert(), [tiny.batch()]), "data must have labels"),
     ],
 )
 def test_errors(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()

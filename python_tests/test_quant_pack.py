@@ -251,6 +251,7 @@ def test_scheme_errors(fields, error, message):
         ((torch.ones(3, 3, dtype=torch.int32), "int8"), ValueError, "weight must be a float tensor .* got torch.int32"),
         ((torch.ones(1, 32769), "int8"), ValueError, "at most 32768 in features, got 32769"),
         ((torch.full((3, 3), torch.nan), "int8"), ValueError, "weight must be finite"),
+        ((torch.ones(3, 3, device="meta"), "int8"), ValueError, "weight must have values, got one on the meta device"),
         ((torch.ones(3, 3), "int5"), ValueError, "scheme must be a Scheme or one of 'int8', .*got 'int5'"),
         ((torch.ones(3, 3), 8), ValueError, "scheme must be a Scheme"),
     ],

@@ -379,8 +379,12 @@ class TestPlan:
             ({"bits_per_layer": [8]}, "bits_per_layer.*2"),
             ({"bits_per_layer": {"LayerNorm": 8}}, "bits_per_layer.*LayerNorm"),
             ({"bits_per_layer": {"word_embeddings": Scheme(group="out")}}, "bits_per_layer.*word_embeddings.*group"),
+            ({"bits_per_layer": {"layer.0": None}}, "bits_per_layer must be a Scheme or one of .*got None"),
+            ({"bits_per_layer": 8}, "bits_per_layer must be a mapping from names, or a sequence.*got 8"),
             ({"skip": ["nothing"]}, "skip.*nothing"),
-            ({"skip": "encoder"}, "skip"),
+            ({"skip": "encoder"}, "skip must be a sequence"),
+            ({"skip": None}, "skip must be a sequence of parts of module names, got None"),
+            ({"skip": [""]}, "skip must be a sequence"),
         ],
     )
     def test_bad_input(self, given, named):
@@ -399,6 +403,12 @@ class TestPlan:
     def test_nothing_to_quantise(self):
         with pytest.raises(ValueError, match="no linear layer"):
             kdkernels.quantize(torch.nn.LayerNorm(4))
+        with pytest.raises(ValueError, match="model must hold the linears to quantise, got a Linear itself"):
+            kdkernels.quantize(torch.nn.Linear(4, 4))
+
+    def test_explain_no_module(self):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+            kdkernels.explain("bert-base-uncased")
 
 
 @pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
@@ -447,10 +457,13 @@ class TestReliability:
 
     @pytest.mark.parametrize("name", ["encoder.layer.1.output.dense", "embeddings.word_embeddings"])
     def test_a_weight_that_is_not_finite_is_named(self, name):
+        """And nothing is changed, so that the model can be mended and quantised."""
         model = tiny("bert")
         model.get_submodule(name).weight.data[3, 2] = torch.nan
         with pytest.raises(ValueError, match=f"{name} can't be quantised: weight must be finite"):
             kdkernels.quantize(model)
+        model.get_submodule(name).weight.data[3, 2] = 0.1
+        kdkernels.quantize(model)
 
     def test_threads_share_a_model(self):
         model = kdkernels.quantize(tiny("bert"))

@@ -33,7 +33,8 @@ def allocate_bits(sensitivity: Mapping[str, Sensitivity], *, budget: int) -> dic
         budget: bytes for the weights of these layers together (embeddings and the rest of a model come on top).
 
     Returns: {layer: bits}, to be given to `kdkernels.quantize` or `prepare_qat` as bits_per_layer.
-    Raises ValueError if the budget is below what the layers take at their fewest bits, or a loss is not finite.
+    Raises TypeError or ValueError naming the argument: a budget below what the layers take at their fewest bits, a loss
+        that is not finite.
     """
     if not sensitivity:
         raise ValueError("sensitivity must name at least one layer")
@@ -42,11 +43,13 @@ def allocate_bits(sensitivity: Mapping[str, Sensitivity], *, budget: int) -> dic
             raise ValueError(f"sensitivity of {name} must give loss and nbytes for the same numbers of bits")
         if not all(math.isfinite(loss) for loss in layer.loss.values()):
             raise ValueError(f"sensitivity of {name} must have finite losses, got {dict(layer.loss)}")
+    if not isinstance(budget, (int, float)):
+        raise TypeError(f"budget must be a number of bytes, got {type(budget).__name__}")
     least, most = (sum(pick(layer.nbytes.values()) for layer in sensitivity.values()) for pick in (min, max))
-    if budget < least:
+    if not budget >= least:
         raise ValueError(f"budget must be at least {least} bytes, the layers at their fewest bits; got {budget}")
     unit = math.gcd(*(size for layer in sensitivity.values() for size in layer.nbytes.values()))
-    best = np.full(min(budget, most) // unit + 1, np.inf)
+    best = np.full(int(min(budget, most)) // unit + 1, np.inf)
     best[0] = 0.0
     chosen = []
     for layer in sensitivity.values():

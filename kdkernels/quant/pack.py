@@ -35,9 +35,8 @@ def pack(weight: torch.Tensor, scheme: Scheme | str = "int8", *, importance=None
     return encode(weight, scheme, *find_ranges(weight, scheme, importance))
 
 
-def find_ranges(weight: torch.Tensor, scheme: Scheme, importance=None):
-    """(scales, zeros or None, steps or None) as in `packed.Parts`, on the weight's device; arguments and errors as in
-    `pack`."""
+def check_weight(weight: torch.Tensor) -> None:
+    """The errors of `pack` about its weight."""
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point or weight.dim() != 2 or weight.numel() == 0:
@@ -47,9 +46,17 @@ def find_ranges(weight: torch.Tensor, scheme: Scheme, importance=None):
         )
     if weight.shape[1] > MAX_COLUMNS:
         raise ValueError(f"weight must have at most {MAX_COLUMNS} in features, got {weight.shape[1]}")
-    weight = weight.detach().float()
-    if not bool(weight.isfinite().all()):
+    if weight.is_meta:
+        raise ValueError("weight must have values, got one on the meta device")
+    if not bool(weight.detach().float().isfinite().all()):
         raise ValueError("weight must be finite, got NaN or Inf")
+
+
+def find_ranges(weight: torch.Tensor, scheme: Scheme, importance=None):
+    """(scales, zeros or None, steps or None) as in `packed.Parts`, on the weight's device; arguments and errors as in
+    `pack`."""
+    check_weight(weight)
+    weight = weight.detach().float()
     counts = None if importance is None else _checked_importance(importance, weight)
     return (_two_level if scheme.two_level else _one_level)(weight, counts, scheme)
 

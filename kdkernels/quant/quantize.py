@@ -15,6 +15,7 @@ from .. import _load
 from . import architectures, encoder, tied
 from .importance import mean_squares
 from .modules import QuantEmbedding, QuantLinear
+from .pack import check_weight
 from .packed import ROW_BY_ROW
 from .scheme import NAMED, Scheme, as_scheme
 
@@ -52,7 +53,7 @@ def quantize(
         after `import kdkernels`, `AutoModel.from_pretrained(folder)` work.
     Raises: TypeError or ValueError naming the argument: an unknown scheme or number of bits, a name in bits_per_layer
         or skip that no module has, a model that is quantised already or has nothing to quantise, a weight that is not
-        finite.
+        finite. The model is as it was then.
     """
     settings = settle(model, scheme, bits_per_layer, skip)
     shared = tied.find(model, settings.layers)
@@ -84,6 +85,8 @@ def settle(model: nn.Module, scheme, bits_per_layer, skip) -> Settings:
         if not any(fits(name, part) for name, _ in model.named_modules()):
             raise ValueError(f"skip names {part!r}, but no module of the model has that in its name")
     layers = plan(model, scheme, own, skip)
+    if "" in layers:
+        raise ValueError("model must hold the linears to quantise, got a Linear itself: see kdkernels.quant.pack")
     if not layers:
         raise ValueError(f"model has no linear layer to quantise that is not in skip ({type(model).__name__})")
     for part in own:
@@ -92,6 +95,10 @@ def settle(model: nn.Module, scheme, bits_per_layer, skip) -> Settings:
     for name, chosen in layers.items():
         if isinstance(model.get_submodule(name), nn.Embedding) and chosen.group not in ROW_BY_ROW:
             raise ValueError(f"bits_per_layer gives {name} {chosen}; an embedding's group is one of {ROW_BY_ROW}")
+        try:
+            check_weight(model.get_submodule(name).weight)
+        except ValueError as error:
+            raise ValueError(f"{name} can't be quantised: {error}") from None
     return Settings(scheme, own, skip, layers)
 
 
@@ -158,13 +165,10 @@ def _pack(
     for done, name in enumerate(ordered, 1):
         module, scheme = model.get_submodule(name), layers[name]
         lender = model.get_submodule(shared[name]) if name in shared else None
-        try:
-            if isinstance(module, nn.Linear):
-                packed = QuantLinear.of(module, scheme, importance.get(name), lender)
-            else:
-                packed = QuantEmbedding.of(module, scheme, lender)
-        except ValueError as error:
-            raise ValueError(f"{name} can't be quantised: {error}") from None
+        if isinstance(module, nn.Linear):
+            packed = QuantLinear.of(module, scheme, importance.get(name), lender)
+        else:
+            packed = QuantEmbedding.of(module, scheme, lender)
         model.set_submodule(name, packed)
         if progress is not None:
             progress(done, len(layers))
@@ -172,6 +176,8 @@ def _pack(
 
 def explain(model: nn.Module) -> dict[str, str]:
     """{name of a module: how it runs, and why}, of base models and linears; "" is the model itself."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, encoder.PaddingFree):
@@ -208,7 +214,8 @@ def fits(name: str, part: str) -> bool:
 
 
 def _names(argument: str, value) -> list[str]:
-    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+    names = not isinstance(value, str) and isinstance(value, Collection)
+    if not names or not all(isinstance(name, str) and name for name in value):
         raise TypeError(f"{argument} must be a sequence of parts of module names, got {value!r}")
     return list(value)
 
@@ -218,7 +225,7 @@ def scheme_of(argument: str, value) -> Scheme:
         if f"int{value}" not in NAMED:
             raise ValueError(f"{argument} must give 8, 4, 3 or 2 bits, or a scheme; got {value}")
         value = f"int{value}"
-    return as_scheme(value)
+    return as_scheme(value, argument)
 
 
 def _own_schemes(model: nn.Module, bits_per_layer) -> dict[str, Scheme]:
@@ -227,11 +234,16 @@ def _own_schemes(model: nn.Module, bits_per_layer) -> dict[str, Scheme]:
         return {}
     if isinstance(bits_per_layer, Mapping):
         return {part: scheme_of("bits_per_layer", value) for part, value in bits_per_layer.items()}
+    if not isinstance(bits_per_layer, Sequence) or isinstance(bits_per_layer, str):
+        raise TypeError(
+            "bits_per_layer must be a mapping from names, or a sequence with an entry for each block; got "
+            f"{bits_per_layer!r}"
+        )
     bases = [(name, module) for name, module in model.named_modules() if architectures.is_base(module)]
     if len(bases) != 1 or architectures.unsupported(bases[0][1]):
         raise ValueError("bits_per_layer must be a mapping from names: a sequence needs a model with one known encoder")
     blocks = architectures.blocks(bases[0][1])
-    if isinstance(bits_per_layer, str) or len(bits_per_layer) != len(blocks):
+    if len(bits_per_layer) != len(blocks):
         raise ValueError(f"bits_per_layer must have one entry for each of {len(blocks)} blocks, got {bits_per_layer!r}")
     names = {id(module): name for name, module in bases[0][1].named_modules()}
     own = {}

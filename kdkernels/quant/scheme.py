@@ -77,11 +77,11 @@ NAMED = {
 }
 
 
-def as_scheme(value) -> Scheme:
-    """A Scheme as it is, or the one of that name."""
+def as_scheme(value, argument: str = "scheme") -> Scheme:
+    """A Scheme as it is, or the one of that name. ValueError naming the argument."""
     if isinstance(value, Scheme):
         return value
     if isinstance(value, str) and value in NAMED:
         return NAMED[value]
     names = ", ".join(map(repr, NAMED))
-    raise ValueError(f"scheme must be a Scheme or one of {names}, got {value!r}")
+    raise ValueError(f"{argument} must be a Scheme or one of {names}, got {value!r}")

@@ -58,6 +58,10 @@ def hessian_sensitivity(
         raise ValueError(f"measure must be 'trace' or 'eigenvalue', got {measure!r}")
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes must be an int >= 1, got {probes!r}")
+    if isinstance(bits, (int, str)):
+        raise TypeError(f"bits must be a sequence of numbers of bits, got {bits!r}")
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
     schemes = {number: scheme_of("bits", number) for number in bits}
     if not schemes:
         raise ValueError("bits must name at least one number of bits")
