@@ -125,6 +125,23 @@ def build(source: str, folder: Path, *others: str, int64=(), structs=(), arch: i
     return host
 
 
+def build_torch_side(folder: Path) -> Path:
+    """torch_side.cpp with all kernels, unoptimised, to be loaded where it shall serve CPU tensors."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library, of_torch = folder / "libtorch_side.so", Path(torch.__file__).parent
+    flags = [flag for flag in FLAGS if not flag.startswith(("-O", "-fsanitize", "-fno-sanitize"))]
+    command = [
+        *(compiler, *flags, "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"),
+        *("-I", HERE, "-isystem", of_torch / "include", "-o", library, "-x", "c++", HERE / "torch_side.cpp"),
+        *sorted((HERE.parent.parent / "csrc" / "cuda").glob("*.cu")),
+        *("-x", "none", "-Wl,-Bsymbolic", "-L", of_torch / "lib", "-ltorch_cpu"),
+    ]
+    subprocess.run(list(map(str, command)), check=True)
+    return library
+
+
 @contextmanager
 def threads_reversed(host: ctypes.CDLL, reverse: bool = True):
     """Inside, the threads of a block run in descending order, unless not `reverse`."""

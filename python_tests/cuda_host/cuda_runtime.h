@@ -51,7 +51,7 @@ struct dim3 {
 
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
-constexpr cudaError_t cudaErrorNoKernelImageForDevice = 209, cudaErrorLaunchFailure = 719;
+constexpr cudaError_t cudaErrorNoKernelImageForDevice = 209, cudaErrorInvalidResourceHandle = 400, cudaErrorLaunchFailure = 719;
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -91,6 +91,7 @@ inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline const char* failure = "no error";
+inline cudaStream_t stream = nullptr;   // that every launch must be on
 inline char* dynamic_shared = nullptr;  // of the block
 inline size_t dynamic_bytes = 0;
 inline std::map<const void*, size_t> dynamic_limits;  // of kernels that were allowed more than the default
@@ -328,6 +329,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (gridDim.x == 0 || blockDim.x == 0 || blockDim.x > 1024 || blockDim.x % cuda_host::kWarp != 0) {
     return cudaErrorInvalidConfiguration;
   }
+  if (config->stream != cuda_host::stream) return cudaErrorInvalidResourceHandle;
   const auto limit = cuda_host::dynamic_limits.find(reinterpret_cast<const void*>(kernel));
   if (config->dynamicSmemBytes > (limit == cuda_host::dynamic_limits.end() ? cuda_host::kDefaultDynamic : limit->second)) {
     return cudaErrorInvalidValue;
@@ -346,6 +348,7 @@ inline const char* cudaGetErrorString(cudaError_t status) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
     default: return cuda_host::failure;
   }
 }
