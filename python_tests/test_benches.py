@@ -56,6 +56,28 @@ def test_a_row():
     assert set(ours) | set(peer) <= set(run.COLUMNS)
 
 
+def small(case):
+    """A GPU's case, on the CPU: fewer rows, tokens, classes and layers, of the same widths, in float32, since so few
+    numbers in bfloat16 say little."""
+    most = {"classes": 64, "named": 8, "batch": 2, "tokens": 8, "layers": 2}
+    shape = {key: min(size, most[key]) if key in most and size else size for key, size in case.shape.items()}
+    mask = None if case.mask is None else tuple(min(length, 8) for length in case.mask[:2])
+    shape |= {"lead": (16,)} if "lead" in shape else {}
+    return replace(case, shape=shape, mask=mask, device="cpu", dtypes=SMALL.dtypes)
+
+
+@pytest.mark.parametrize("case", [case for case in BENCHES if case.device == "cuda"], ids=lambda case: case.id)
+def test_every_case_of_a_gpu_gives_its_rows(case):
+    """All of them that can be seen without one: inputs, the faster eager code, work, memory, goals."""
+    ours, peer = run.measure(small(case), run.Effort(peers=(run.EAGER,), seconds=0.01), CEILINGS, {"machine": "test"})
+    assert (ours["implementation"], peer["implementation"]) == (run.OURS, run.EAGER)
+    assert ours["bytes"] > 0 and ours["floor_ms"] > 0 and case.dtypes[0] == torch.bfloat16
+    assert peer["target"] == case.target.eager and ours.get("target") == (
+        case.target.share and f"{case.target.share} %"
+    )
+    assert (ours["extra_target"] is None) == (case.target.memory is None)
+
+
 def test_wrong_results_are_not_timed(monkeypatch):
     monkeypatch.setattr(functional, "kd_loss", lambda *args, **options: 1.01 * reference.kd_loss(*args, **options))
     monkeypatch.setattr(run, "interleaved", lambda *_: pytest.fail("timed"))
