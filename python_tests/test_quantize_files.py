@@ -145,13 +145,19 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="format 99"):
             transformers.AutoModelForSequenceClassification.from_pretrained(folder)
 
-    @pytest.mark.parametrize("scheme", [{"bits": 7}, {"grain": 3}, "int8", None])
-    def test_a_damaged_config_is_an_error(self, folder, scheme):
+    @pytest.mark.parametrize(
+        "fields", [{"scheme": {"bits": 7}}, {"scheme": {"grain": 3}}, {"scheme": "int8"}, {"scheme": None}, {"skip": 3}]
+    )
+    def test_a_damaged_config_is_an_error(self, folder, fields):
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"]["scheme"] = scheme
+        config["quantization_config"].update(fields)
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="quantization_config is damaged"):
             transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def test_a_block_that_the_files_lack_is_an_error(self, folder):
+        with pytest.raises(ValueError, match=r"the checkpoint has no encoder\.layer\.2\..*packed"):
+            transformers.AutoModel.from_pretrained(folder, num_hidden_layers=3)
 
     def test_a_model_in_float_is_not_quantised_while_it_is_loaded(self, folder, tmp_path):
         tiny("bert").save_pretrained(tmp_path / "float")

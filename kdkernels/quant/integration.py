@@ -57,14 +57,14 @@ class KdkernelsConfig(QuantizationConfigMixin):
                 f"quantization_config has format {format!r}; this version of kdkernels reads {FORMAT}: quantize the "
                 "original model again"
             )
+        self.quant_method = METHOD
         try:
-            for fields in (scheme, *dict(bits_per_layer).values()):
+            self.scheme, self.bits_per_layer, self.skip = scheme, dict(bits_per_layer), list(skip)
+            self.tied, self.digest, self.format = sorted(tied), digest, format
+            for fields in (scheme, *self.bits_per_layer.values()):
                 Scheme(**fields)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"quantization_config is damaged: it names no scheme of kdkernels: {error}") from None
-        self.quant_method = METHOD
-        self.scheme, self.bits_per_layer, self.skip = scheme, dict(bits_per_layer), list(skip)
-        self.tied, self.digest, self.format = sorted(tied), digest, format
+            raise ValueError(f"quantization_config is damaged: {error}") from None
 
 
 @register_quantizer(METHOD)
@@ -114,8 +114,8 @@ class KdkernelsQuantizer(HfQuantizer):
         return model
 
     def _supply(self, model) -> None:
-        """Weights for what the model that was saved did not have, as a token classifier has no pooler: fresh ones of
-        transformers, packed; a vocabulary head borrows its table's. Left alone they are whatever memory holds.
+        """Weights for what a model of the saved class does not have: fresh ones of transformers, packed, for a pooler;
+        its table's for a vocabulary head. Left alone they are whatever memory holds. ValueError if more is missing.
         """
         from .modules import Packed, QuantLinear
 
@@ -127,13 +127,13 @@ class KdkernelsQuantizer(HfQuantizer):
                 module.borrow(table)
                 if module.bias is not None and self._lacks(f"{name}.bias", module.bias):
                     module.bias.zero_()
-            elif isinstance(module, QuantLinear):
+            elif "pooler" in name:
                 shape, device = (module.in_features, module.out_features), module.packed.device
                 fresh = torch.nn.Linear(*shape, bias=module.bias is not None, device=device)
                 model._init_weights(fresh)
                 model.set_submodule(name, QuantLinear.of(fresh, module.scheme))
             else:
-                raise ValueError(f"the checkpoint has no {name}.packed")
+                raise ValueError(f"the checkpoint has no {name}.packed, which a model of its config.json needs")
 
     def _lacks(self, name: str, tensor: torch.Tensor | None) -> bool:
         """Whether the files have no such tensor, under its name here or in another class; transformers marks what it
