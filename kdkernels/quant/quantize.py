@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .. import _load
 from . import architectures, encoder, tied
 from .importance import mean_squares
-from .modules import QuantEmbedding, QuantLinear
+from .modules import Packed, QuantEmbedding, QuantLinear
 from .pack import check_weight
 from .packed import ROW_BY_ROW
 from .scheme import NAMED, Scheme, as_scheme
@@ -109,6 +109,8 @@ def finish(model: nn.Module, settings: Settings, shared: Collection[str] = ()) -
     encoder.attach_all(model.requires_grad_(False))
     tied.forget(model)
     for module in model.modules():
+        if isinstance(module, Packed):
+            _ = module.weight  # laid out now, so that torch.compile and torch.export find nothing to do but call
         if isinstance(module, PreTrainedModel):
             from .integration import mark  # not before there is a model of transformers: it imports all its quantisers
 
