@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "../cpu/table.h"
 
@@ -96,8 +97,9 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
 // for it until somebody reads it. Smaller ones do stay in cache for the next operator.
 inline bool past_cache(int64_t bytes) { return bytes > 16 << 20; }
 
-// Runs fn(item, scratch) for every item on torch's threads. Items are handed out as workers get free, because they differ in cost
-// (padding); each writes its own output, so which thread runs it does not show. `scratch` is a worker's own.
+// Runs fn(item, scratch) for every item on torch's threads. A worker takes items of its own part of them, which it finds in its caches
+// when an op comes again, and then what others have left of theirs, because items differ in cost (padding). Each writes its own output, so
+// which thread runs it does not show. `scratch` is a worker's own.
 // `together`: how many neighbours a worker takes at once at most. Small items that stream through memory are faster in longer runs.
 template <typename F>
 void run_items(int64_t items, int64_t scratch_floats, const F& fn, int64_t together = 1) {
@@ -108,11 +110,18 @@ void run_items(int64_t items, int64_t scratch_floats, const F& fn, int64_t toget
   std::unique_ptr<void, decltype(&std::free)> scratch(bytes ? std::aligned_alloc(4096, bytes * workers) : nullptr, std::free);
   STD_TORCH_CHECK(!bytes || scratch, "out of memory: ", bytes * workers, " bytes of workspace");
   const int64_t share = std::max<int64_t>(1, std::min(together, items / (2 * workers)));
-  std::atomic<int64_t> next{0};
+  const int64_t shares = (items + share - 1) / share;
+  struct alignas(128) Taken {  // two lines, which are fetched together
+    std::atomic<int64_t> shares{0};
+  };
+  std::vector<Taken> taken(workers);
   const auto work = [&](int64_t worker) {
     float* mine = reinterpret_cast<float*>(static_cast<char*>(scratch.get()) + worker * bytes);
-    for (int64_t first = next.fetch_add(share); first < items; first = next.fetch_add(share))
-      for (int64_t item = first; item < std::min(first + share, items); ++item) fn(item, mine);
+    for (int64_t i = 0; i < workers; ++i) {
+      const int64_t part = (worker + i) % workers, begin = part * shares / workers, end = (part + 1) * shares / workers;
+      for (int64_t at = begin + taken[part].shares++; at < end; at = begin + taken[part].shares++)
+        for (int64_t item = at * share; item < std::min((at + 1) * share, items); ++item) fn(item, mine);
+    }
   };
   if (workers == 1) return work(0);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
