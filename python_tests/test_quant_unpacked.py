@@ -77,6 +77,13 @@ def test_the_reference_serves_gpus_that_are_too_old(capability, monkeypatch, val
     assert {op for op in said if not _load.serves(op, GPU)} == (cuda if why else set())
 
 
+def test_a_model_that_no_kernel_serves_says_so(monkeypatch):
+    monkeypatch.setattr(_load, "serves", lambda family, device: False)
+    model = kdkernels.quantize(tiny("bert"), "int8")
+    said = kdkernels.explain(model)["encoder.layer.0.output.dense"]
+    assert said.endswith("by the reference: no kernel serves cpu here")
+
+
 @pytest.mark.parametrize(("value", "served"), [((7, 0), False), ((7, 5), True)])
 def test_compiled_code_knows_which_gpus_are_too_old(capability, monkeypatch, value, served):
     capability(*value)

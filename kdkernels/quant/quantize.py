@@ -187,8 +187,15 @@ def explain(model: nn.Module) -> dict[str, str]:
         elif architectures.is_base(module):
             found[name] = f"{type(module).__name__}: layer by layer, since {encoder.why_not(module)}"
         elif isinstance(module, QuantLinear):
-            why = _load.unpacks(next(module.buffers()).device)
-            found[name] = f"quantised linear, {module.scheme}" + (f", unpacked to bf16: {why}" if why else "")
+            device = next(module.buffers()).device
+            how = (
+                ""
+                if _load.serves("quant_linear", device)
+                else f", by the reference: no kernel serves {device.type} here"
+            )
+            if why := _load.unpacks(device):
+                how = f", unpacked to bf16: {why}"
+            found[name] = f"quantised linear, {module.scheme}{how}"
         elif isinstance(module, nn.Linear):
             found[name] = f"torch linear, {str(module.weight.dtype).removeprefix('torch.')}: not quantised"
     return found
