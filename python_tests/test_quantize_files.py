@@ -155,7 +155,23 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="quantization_config is damaged"):
             transformers.AutoModelForSequenceClassification.from_pretrained(folder)
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("num_hidden_layers", 1), ("num_attention_heads", 1), ("layer_norm_eps", 1e-5), ("hidden_act", "relu")],
+    )
+    def test_a_config_of_another_model_is_an_error(self, folder, name, value):
+        """Whose tensors would fit."""
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        assert config[name] != value
+        path.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ValueError, match=f"config.json is damaged or another model's: its {name} is {value!r}"):
+            transformers.AutoModel.from_pretrained(folder)
+
     def test_a_block_that_the_files_lack_is_an_error(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]["decisive"]
+        (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"the checkpoint has no encoder\.layer\.2\..*packed"):
             transformers.AutoModel.from_pretrained(folder, num_hidden_layers=3)
 

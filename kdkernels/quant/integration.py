@@ -2,8 +2,9 @@
 
 A checkpoint holds the packed weights as uint8 tensors, the rest as it was, and in its config the few settings that
 `plan` needs to lay out the same modules again. A damaged or foreign file is an error and never a wrong model, whatever
-class and dtype it is loaded as: config.json has a digest of all tensors in the files, names included, and every packed
-weight a checksum of its own, for those who take tensors out of the files by themselves.
+class and dtype it is loaded as: config.json has a digest of all tensors in the files, names included, and a second time
+what decides the result and no tensor's shape tells; every packed weight has a checksum of its own, for those who take
+tensors out of the files by themselves.
 
 Imported while transformers itself is being imported (see _register.py): what needs its models is imported when it runs.
 """
@@ -27,6 +28,12 @@ METHOD = "kdkernels"
 # 1 had position embeddings in float32, and word embeddings in 8 bits beside every scheme; 2 had vocabulary heads twice;
 # 3 had scales and biases in float32.
 FORMAT = 4
+# Of those that a model's config has, what decides what it computes while its tensors stay as they are.
+DECISIVE = (
+    "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "hidden_activation",
+    "activation", "layer_norm_eps", "norm_eps", "pad_token_id", "is_decoder", "num_hidden_groups", "inner_group_num",
+    "local_attention", "global_attn_every_n_layers",
+)  # fmt: skip
 
 
 @register_quantization_config(METHOD)
@@ -39,6 +46,7 @@ class KdkernelsConfig(QuantizationConfigMixin):
         skip: parts of names of modules that were left as they were.
         tied: names of modules, such as vocabulary heads, whose weight is stored as the word embedding's alone.
         digest: SHA-256 over names, dtypes, shapes and bytes of all tensors in the files.
+        decisive: the values of `DECISIVE` that the model's config had when it was saved.
         format: the version of these settings.
     """
 
@@ -49,6 +57,7 @@ class KdkernelsConfig(QuantizationConfigMixin):
         skip: Sequence[str] = (),
         tied: Collection[str] = (),
         digest="",
+        decisive: Mapping = (),
         format=FORMAT,
         **_,
     ):
@@ -60,7 +69,7 @@ class KdkernelsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         try:
             self.scheme, self.bits_per_layer, self.skip = scheme, dict(bits_per_layer), list(skip)
-            self.tied, self.digest, self.format = sorted(tied), digest, format
+            self.tied, self.digest, self.decisive, self.format = sorted(tied), digest, dict(decisive), format
             for fields in (scheme, *self.bits_per_layer.values()):
                 Scheme(**fields)
         except (TypeError, ValueError) as error:
@@ -82,6 +91,12 @@ class KdkernelsQuantizer(HfQuantizer):
             )
         config = self.quantization_config
         own = {part: Scheme(**fields) for part, fields in config.bits_per_layer.items()}
+        for name, saved in config.decisive.items():
+            if (given := getattr(model.config, name, None)) != saved:
+                raise ValueError(
+                    f"config.json is damaged or another model's: its {name} is {given!r}, where the checkpoint was "
+                    f"saved with {saved!r}"
+                )
         self._stored = check(checkpoint_files, config.digest) if checkpoint_files is not None else []
         lay_out(model, plan(model, Scheme(**config.scheme), own, config.skip))
         tied.share(model, config.tied)
@@ -147,7 +162,9 @@ class KdkernelsQuantizer(HfQuantizer):
 
         tensors = remove_tied_weights_from_state_dict(model.state_dict(), model)
         stored = revert_weight_conversion(model, dict(tensors))  # as save_pretrained will name them
-        model.config.quantization_config.digest = digest(stored.items())  # config.json is written after this
+        settings = model.config.quantization_config  # config.json is written after this
+        settings.digest = digest(stored.items())
+        settings.decisive = {name: getattr(model.config, name) for name in DECISIVE if hasattr(model.config, name)}
         return tensors, {}
 
     def is_serializable(self) -> bool:
