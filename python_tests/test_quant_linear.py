@@ -61,13 +61,15 @@ def check_scheme(scheme: Scheme) -> None:
 
 
 def check_integers() -> None:
-    """Sums of products are integers: with scales of 1 they come out to the bit, the largest that there can be too."""
-    for bits in (8, 4, 3, 2):
+    """Sums of products are integers: with scales of 1 they come out to the bit, the largest that there can be too; of
+    few rows, each number of which has a kernel of its own, as of many."""
+    schemes = [Scheme(), *(Scheme(bits, "block", 64, symmetric) for bits in (4, 3, 2) for symmetric in (True, False))]
+    for scheme in schemes:
         for columns in (64, 1100, 3072):
-            scheme = Scheme(bits, "block", 64) if bits < 8 else Scheme()
             generator = torch.Generator().manual_seed(columns)
             weight = torch.randn(70, columns, generator=generator)
             weight[0] = 1.0  # every code at its end
+            weight[1, ::2], weight[1, 1::2] = 1.0, -1.0  # and at both
             x = torch.randint(-127, 128, (40, columns), generator=generator).float()
             x[:, 0] = 127.0  # so that scales are 1
             x[1:3] = torch.tensor([[127.0], [-127.0]])
@@ -75,7 +77,8 @@ def check_integers() -> None:
             values, scales = packed.factors
             sums = (x.double() @ values.double().T).to(torch.int64)
             expected = sums.float() * scales.view(1, -1)
-            assert torch.equal(linear(x, packed), expected), (bits, columns)
+            for rows in (*(slice(1, 1 + n) for n in range(1, 7)), slice(2, 3), slice(0, 16), slice(0, 40)):
+                assert torch.equal(linear(x[rows], packed), expected[rows]), (scheme, columns, rows)
 
 
 def check_guards() -> None:
