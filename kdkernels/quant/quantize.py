@@ -188,13 +188,11 @@ def explain(model: nn.Module) -> dict[str, str]:
             found[name] = f"{type(module).__name__}: layer by layer, since {encoder.why_not(module)}"
         elif isinstance(module, QuantLinear):
             device = next(module.buffers()).device
-            how = (
-                ""
-                if _load.serves("quant_linear", device)
-                else f", by the reference: no kernel serves {device.type} here"
-            )
+            how = ""
             if why := _load.unpacks(device):
                 how = f", unpacked to bf16: {why}"
+            elif not _load.serves("quant_linear", device):
+                how = f", by the reference: no kernel serves {device.type} here"
             found[name] = f"quantised linear, {module.scheme}{how}"
         elif isinstance(module, nn.Linear):
             found[name] = f"torch linear, {str(module.weight.dtype).removeprefix('torch.')}: not quantised"
